@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
-import numpy as np
-
 import nf4
+import numpy as np
 from nf4.bench import machine
 
 SHAPE = (4096, 4096)

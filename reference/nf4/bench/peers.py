@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 import numpy as np
-
 from nf4.bench import codec
 from nf4.bench.machine import peak_bytes
 

@@ -1,0 +1,181 @@
+"""One QLoRA training step, ours and PEFT's, each side in fresh processes that take turns."""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4.bench import machine
+
+BATCH, TOKENS, RANK = 4, 256, 8
+PEER_PACKAGES = ("torch", "bitsandbytes", "transformers", "peft", "accelerate")
+STEPS_A_ROUND = 2
+
+# The shape of SmolLM2-135M.
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def run(model: Path | None, rounds: int, against: str | None) -> dict[str, Any]:
+    """Measure one step of 4 x 256 tokens and return the report (see `nf4 bench train --json`).
+
+    Both sides read the same float32 weights: those of `model`, or random ones in SmolLM2-135M's shape. Each
+    round starts a fresh process a side, which loads, quantizes, takes one step of warm-up and two timed ones.
+    Raises InputError if the model can't be read or the peer isn't installed.
+    """
+    if against is not None:
+        machine.require(PEER_PACKAGES, f"nf4 bench train --against {against}")
+    with tempfile.TemporaryDirectory(prefix="nf4-bench-") as name:
+        directory = Path(name) / "model"
+        if model is None:
+            write_random_model(directory, CONFIG)
+        else:
+            from nf4.formats.bitsandbytes import write_dequantized
+            from nf4.formats.checkpoint import open_checkpoint
+
+            write_dequantized(open_checkpoint(model), directory, np.dtype(np.float32))
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        ids = np.random.default_rng(1).integers(0, config["vocab_size"], (BATCH, TOKENS))
+        ids_file = str(Path(name) / "ids.npy")
+        np.save(ids_file, ids)
+
+        common = [str(directory), ids_file, "--rank", str(RANK), "--steps", str(STEPS_A_ROUND)]
+        sides = {
+            "nf4": ("nf4.bench.train", common),
+            "nf4, checkpointing": ("nf4.bench.train", [*common, "--checkpointing"]),
+        }
+        if against is not None:
+            sides[against] = ("nf4.bench.peers", ["train", *common])
+            sides[f"{against}, checkpointing"] = ("nf4.bench.peers", ["train", *common, "--checkpointing"])
+        answers: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        for turn in range(rounds):
+            for side in sides if turn % 2 == 0 else reversed(sides):
+                answers[side].append(json.loads(machine.run_module(*sides[side])))
+    results = {side: summary(side, rows) for side, rows in answers.items()}
+    return {
+        "benchmark": "train",
+        **machine.describe(PEER_PACKAGES if against else ()),
+        "against": against,
+        "model": "random weights, SmolLM2-135M's shape" if model is None else str(model),
+        "batch": [BATCH, TOKENS],
+        "rank": RANK,
+        "rounds": rounds,
+        "results": list(results.values()),
+        "ratios": {} if against is None else ratios(results, against),
+    }
+
+
+def summary(side: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the median seconds of all steps, tokens per second, and the largest peak memory."""
+    seconds = statistics.median(second for answer in answers for second in answer["seconds"])
+    return {
+        "side": side,
+        "seconds": seconds,
+        "tokens_per_second": BATCH * TOKENS / seconds,
+        "peak_bytes": max(answer["peak_bytes"] for answer in answers),
+        "loss": answers[0]["loss"],
+        "trainable": answers[0]["trainable"],
+    }
+
+
+def ratios(results: dict[str, dict[str, Any]], against: str) -> dict[str, float]:
+    """Return ours over the peer's, with the peer as users run it by default and at its thriftiest."""
+    table = {}
+    for ours, peer in (
+        ("nf4", against),
+        ("nf4, checkpointing", against),
+        ("nf4, checkpointing", f"{against}, checkpointing"),
+    ):
+        pair = f"({ours}) / ({peer})"
+        table[f"tokens/s {pair}"] = results[ours]["tokens_per_second"] / results[peer]["tokens_per_second"]
+        table[f"peak memory {pair}"] = results[ours]["peak_bytes"] / results[peer]["peak_bytes"]
+    table["loss nf4 / peer"] = results["nf4"]["loss"] / results[against]["loss"]
+    return table
+
+
+def write_random_model(directory: Path, config: dict[str, Any]) -> None:
+    """Write a Llama checkpoint of N(0, 0.02) weights in float32, one tensor in memory at a time."""
+    from nf4.formats.files import SafetensorsWriter, TensorSpec, write_json
+
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    q = config["num_attention_heads"] * config["head_dim"]
+    kv = config["num_key_value_heads"] * config["head_dim"]
+    layer = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (q, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, q),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for i in range(config["num_hidden_layers"]):
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+
+    directory.mkdir()
+    write_json(directory / "config.json", config)
+    generator = np.random.default_rng(0)
+    specs = {name: TensorSpec(np.dtype(np.float32), shape) for name, shape in shapes.items()}
+    with SafetensorsWriter(directory / "model.safetensors", specs) as writer:
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                writer.write(name, np.ones(shape, np.float32))
+            else:
+                weights = generator.standard_normal(shape, dtype=np.float32)
+                weights *= np.float32(0.02)
+                writer.write(name, weights)
+
+
+def our_steps(
+    model_dir: str, ids: NDArray[np.int64], rank: int, checkpointing: bool, steps: int
+) -> dict[str, Any]:
+    """Run training steps of this project on token ids [batch, tokens]; the counterpart of peers.train."""
+    raise NotImplementedError
+
+
+def main() -> None:
+    """Print the figures of our side as one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m nf4.bench.train", description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("ids", help=".npy of token ids, [batch, tokens]")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--checkpointing", action="store_true")
+    options = parser.parse_args()
+    ids = np.load(options.ids)
+    print(json.dumps(our_steps(options.model, ids, options.rank, options.checkpointing, options.steps)))
+
+
+if __name__ == "__main__":
+    main()

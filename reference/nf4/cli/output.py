@@ -1,0 +1,77 @@
+"""How the commands answer: tables and progress for a reader, one JSON object for a program."""
+
+import json
+from types import TracebackType
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else."
+)
+
+
+def print_json(answer: dict[str, Any]) -> None:
+    """Print one object as JSON; a number that is not finite becomes null, since JSON has no NaN."""
+    click.echo(json.dumps(_finite(answer), indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0.0:
+        return None
+    return value
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in the decimal unit that reads best, such as '92.9 MB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+class ByteProgress:
+    """Progress over a known number of bytes, on standard error: a bar, or a line a tenth without a terminal."""
+
+    def __init__(self, title: str, total: int, *, quiet: bool) -> None:
+        self._title, self._total, self._quiet = title, max(total, 1), quiet
+        self._done, self._tenth = 0, 0
+        console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if console.is_terminal and not quiet:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task(title, total=self._total)
+
+    def __enter__(self) -> "ByteProgress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Count `count` more bytes as done."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.advance(self._task, count)
+        elif not self._quiet and self._done * 10 // self._total > self._tenth:
+            self._tenth = self._done * 10 // self._total
+            click.echo(f"{self._title} {10 * self._tenth} % of {size(self._total)}", err=True)
