@@ -1,0 +1,171 @@
+"""Encoding, decoding and packing of blocks: chunks that stay in the cache, over the threads of the pool."""
+
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4.codebooks import Codebook
+from nf4.errors import InputError
+from nf4.floats import FLOAT32, narrow_into, widen, widen_into
+from nf4.parallel import map_chunks
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+CHUNK = 1 << 16  # elements: a multiple of every block size, few enough to stay in a core's L2
+
+_MAGNITUDE = np.int32(0x7FFFFFFF)  # of the bits of a float32; as integers magnitudes order like their values
+_INFINITY = np.int32(0x7F800000)  # a NaN is above
+_TINY = np.float32(2**-128)  # up to here RN(1 / absmax) is infinite
+_LIFT = np.float32(2**64)
+
+_buffers = threading.local()
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise InputError unless block_size is one of BLOCK_SIZES (NF4-3.1)."""
+    if block_size not in BLOCK_SIZES:
+        choices = ", ".join(str(size) for size in BLOCK_SIZES)
+        raise InputError(f"block size {block_size!r} is not supported; choose one of {choices}")
+
+
+def block_count(n: int, block_size: int) -> int:
+    """Return the number of blocks of n elements; the last may be short (NF4-3.1)."""
+    return -(-n // block_size)
+
+
+def scale_blocks(
+    x: NDArray[np.float32], block_size: int, s: NDArray[np.float32], absmax: NDArray[np.float32]
+) -> None:
+    """Write absmax [block_count] and s [n] = x / absmax as NF4-3.2 and NF4-3.3 round it, for x [n].
+
+    Where x has a NaN or an infinity, absmax of that block is a NaN or infinite and s means nothing.
+    """
+    full = x.size // block_size  # full blocks; what is left over is a block of its own
+    body = full * block_size
+    if body:
+        _scale_rows(x[:body].reshape(full, block_size), s[:body].reshape(full, block_size), absmax[:full])
+    if body < x.size:
+        _scale_rows(x[None, body:], s[None, body:], absmax[full:])
+
+
+def _scale_rows(x: NDArray[np.float32], s: NDArray[np.float32], absmax: NDArray[np.float32]) -> None:
+    """scale_blocks for x [rows, block] and s alike; both contiguous."""
+    rows, width = x.shape
+    magnitude = s.view(np.int32)  # borrow the memory of s
+    np.bitwise_and(x.view(np.int32), _MAGNITUDE, out=magnitude)
+    np.maximum.reduceat(magnitude.reshape(-1), np.arange(0, rows * width, width), out=absmax.view(np.int32))
+    with np.errstate(all="ignore"):
+        reciprocal = 1 / absmax  # [rows]
+        np.multiply(x, reciprocal[:, None], out=s)
+        tiny = np.flatnonzero(absmax <= _TINY)
+        if tiny.size:  # times 2^64 is exact, and takes the reciprocal of any absmax but 0 into range
+            lifted = absmax[tiny] * _LIFT
+            reciprocal = np.where(lifted > 0, 1 / lifted, 0)
+            s[tiny] = x[tiny] * _LIFT * reciprocal[:, None]
+
+
+def encode(
+    x: NDArray[Any], block_size: int, codebook: Codebook
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Return (packed codes uint8 [ceil(n / 2)], absmax float32 [block_count]) of flat x [n] (NF4-3, NF4-5).
+
+    x is float32, float16 or bfloat16, contiguous. Raises InputError where x has a NaN or an infinity.
+    """
+    packed = np.empty(-(-x.size // 2), np.uint8)
+    absmax = np.empty(block_count(x.size, block_size), np.float32)
+    book, zero = codebook.codes, codebook.zero_code
+    in_order = np.array_equal(book, np.arange(book.size))  # as in nf4: a rank is its code
+
+    def work(start: int, stop: int) -> None:
+        n = stop - start
+        s, codes, above = (
+            _buffer("s", np.float32, n),
+            _buffer("codes", np.uint8, n + 1),
+            _buffer("above", np.uint8, n),
+        )
+        chunk = x[start:stop]
+        if x.dtype != FLOAT32:
+            wide = _buffer("wide", np.float32, n)
+            widen_into(wide, chunk)
+            chunk = wide
+        blocks = absmax[start // block_size : block_count(stop, block_size)]
+        scale_blocks(chunk, block_size, s, blocks)
+        ranks = codes[:n]
+        np.greater(s, codebook.thresholds[0], out=ranks.view(np.bool_))
+        for threshold in codebook.thresholds[1:]:
+            np.greater(s, threshold, out=above.view(np.bool_))
+            np.add(ranks, above, out=ranks)
+        if not in_order:
+            np.take(book, ranks, out=ranks, mode="clip")
+        codes[n] = zero  # the pad nibble, where n is odd
+        pairs = codes[: n + n % 2].view("<u2")  # first element in the low byte
+        np.bitwise_or(pairs << 4, pairs >> 8, out=packed[start // 2 : -(-stop // 2)], casting="unsafe")
+
+    map_chunks(work, x.size, CHUNK)
+    _refuse_nonfinite_blocks(x, block_size, absmax)
+    return packed, absmax
+
+
+def _refuse_nonfinite_blocks(x: NDArray[Any], block_size: int, absmax: NDArray[np.float32]) -> None:
+    bad = np.flatnonzero(absmax.view(np.int32) >= _INFINITY)
+    if bad.size:
+        start = int(bad[0]) * block_size
+        block = widen(x[start : start + block_size])
+        at = int(np.flatnonzero(~np.isfinite(block))[0])
+        raise NonFiniteError(start + at, float(block[at]))
+
+
+class NonFiniteError(InputError):
+    """A NaN or an infinity at a flat index; the caller, who knows the shape, says it in full."""
+
+    def __init__(self, index: int, value: float) -> None:
+        super().__init__(f"element {index} is {value}")
+        self.index = index
+        self.value = value
+
+
+def decode(
+    packed: NDArray[np.uint8],
+    absmax: NDArray[np.float32],
+    block_size: int,
+    codebook: Codebook,
+    out: NDArray[Any],
+) -> None:
+    """Write value * absmax into flat out [n], rounded once to its dtype (NF4-4.1, NF4-4.2).
+
+    packed is uint8 [ceil(n / 2)], absmax float32 [block_count]; out is float32, float16 or bfloat16, contiguous.
+    """
+
+    def work(start: int, stop: int) -> None:
+        n = stop - start
+        quads = -(-n // 4)  # a quad of elements is two bytes
+        pairs = packed[start // 2 : -(-stop // 2)]
+        if pairs.size % 2:
+            pairs = np.append(pairs, np.uint8(0))
+        direct = out.dtype == FLOAT32 and n % 4 == 0
+        values = out[start:stop] if direct else _buffer("s", np.float32, 4 * quads)
+        np.take(codebook.quads, pairs.view(np.uint16), axis=0, out=values.reshape(quads, 4), mode="clip")
+        values = values[:n]
+        full = n // block_size
+        body = full * block_size
+        first = start // block_size
+        with np.errstate(all="ignore"):
+            rows = values[:body].reshape(full, block_size)
+            np.multiply(rows, absmax[first : first + full, None], out=rows)
+            if body < n:
+                np.multiply(values[body:], absmax[first + full], out=values[body:])
+        if not direct:
+            narrow_into(out[start:stop], values, _buffer("wide", np.uint32, n))
+
+    map_chunks(work, out.size, CHUNK)
+
+
+def _buffer(name: str, dtype: Any, n: int) -> NDArray[Any]:
+    """Return n elements of this thread's buffer of that name: fresh memory would cost page faults each time."""
+    key = f"{name}:{np.dtype(dtype).name}"
+    buffer: NDArray[Any] | None = getattr(_buffers, key, None)
+    if buffer is None:
+        buffer = np.empty(CHUNK + 4, dtype)
+        setattr(_buffers, key, buffer)
+    return buffer[:n]

@@ -1,0 +1,72 @@
+"""Conversion between float32 and the two 16-bit formats, and one correct rounding from the rationals."""
+
+import math
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
+
+
+def widen_into(out: NDArray[np.float32], x: NDArray[np.generic]) -> None:
+    """Write x (float32, float16 or bfloat16) into out (float32) of the same shape, exactly (NF4-7.1)."""
+    if x.dtype == BFLOAT16:
+        np.left_shift(x.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, x)
+
+
+def widen(x: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Return x (float32, float16 or bfloat16, any shape) as a new float32 array, exactly (NF4-7.1)."""
+    out = np.empty(x.shape, np.float32)
+    widen_into(out, x)
+    return out
+
+
+def narrow_into(out: NDArray[np.generic], x: NDArray[np.float32], scratch: NDArray[np.uint32]) -> None:
+    """Round x (float32, no NaN) to the dtype of out, to nearest with ties to even (NF4-7.2, NF4-7.3).
+
+    out, x and scratch have one shape; scratch may share no memory with x. For values that may be NaN use narrow.
+    """
+    if out.dtype == BFLOAT16:
+        bits = x.view(np.uint32)
+        np.right_shift(bits, 16, out=scratch)
+        scratch &= np.uint32(1)  # the last bit kept: adding it to 0x7fff sends ties to even
+        scratch += np.uint32(0x7FFF)
+        scratch += bits
+        np.right_shift(scratch, 16, out=out.view(np.uint16), casting="unsafe")
+    else:
+        with np.errstate(over="ignore", under="ignore"):  # float16: beyond 65520 is infinite, as everywhere
+            np.copyto(out, x, casting="same_kind")
+
+
+def narrow(x: NDArray[np.float32], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+    """Return x (float32, any shape) rounded once to dtype: float32, float16 or bfloat16 (NF4-7.2, NF4-7.3).
+
+    A NaN stays a NaN, with its sign: in bfloat16 its payload becomes that of the quiet NaN 0x7fc0.
+    """
+    out = np.empty(x.shape, dtype)
+    narrow_into(out, x, np.empty(x.shape, np.uint32))
+    if dtype == BFLOAT16:
+        nan = np.isnan(x)  # the addition above may have carried a NaN's payload into the sign
+        if nan.any():
+            out.view(np.uint16)[nan] = np.where(np.signbit(x[nan]), 0xFFC0, 0x7FC0)
+    return out
+
+
+def round_to_float32(x: Fraction) -> np.float32:
+    """Return the float32 nearest to the rational x, ties to even, subnormals included (NF4-1.2)."""
+    size = abs(x)
+    if size == 0:
+        return np.float32(0)
+    top = size.numerator.bit_length() - size.denominator.bit_length()  # floor(log2 size) is top or top - 1
+    if size < Fraction(2) ** top:
+        top -= 1
+    ulp = max(top - 23, -149)
+    significand = round(size / Fraction(2) ** ulp)  # Fraction rounds half to even
+    return np.float32(math.copysign(math.ldexp(significand, ulp), x))
