@@ -1,0 +1,1 @@
+"""Reading and writing the files the world keeps models, adapters and tokenizers in."""

@@ -1,0 +1,283 @@
+"""The 4-bit checkpoints that bitsandbytes and transformers exchange: how a quantized weight lies in safetensors."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4.codebooks import CODEBOOKS, Codebook
+from nf4.errors import InputError
+from nf4.formats.files import SafetensorsFile, SafetensorsWriter, TensorSpec, parse_json
+from nf4.nested import NestedAbsmax
+from nf4.tensor import QuantizedTensor
+
+STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__([^.]+)")
+PART = re.compile(r".*\.weight\..+")
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+FLAT_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
+NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
+WRITABLE = ("nf4", "fp4")  # bitsandbytes knows no other codebook
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NESTED_BLOCK_SIZE = 256
+U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """The JSON object stored beside a 4-bit weight (NF4-8.4); the nested fields are None unless absmax is nested."""
+
+    quant_type: str
+    blocksize: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    nested_blocksize: int | None
+    nested_offset: np.float32 | None
+
+    @classmethod
+    def parse(cls, text: bytes, quant_type: str, where: str) -> "QuantState":
+        """Check every field. Raises InputError naming `where`, the field and its value."""
+        fields = parse_json(text, where)
+        nested = bool(fields.keys() & NESTED_KEYS)
+        wanted = FLAT_KEYS | NESTED_KEYS if nested else FLAT_KEYS
+        if fields.keys() != wanted:
+            odd = sorted(fields.keys() ^ wanted)
+            raise InputError(f"{where}: its keys must be {sorted(wanted)}; missing or unknown: {odd}")
+        if fields["quant_type"] != quant_type:
+            raise InputError(
+                f"{where}: quant_type is {fields['quant_type']!r}, but the tensor's name says {quant_type!r}"
+            )
+        if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
+            raise InputError(f"{where}: dtype {fields['dtype']!r} isn't one of {', '.join(DTYPES)}")
+        shape = fields["shape"]
+        if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**48 for size in shape):
+            raise InputError(f"{where}: shape {shape!r} isn't a list of positive integers")
+        for key in ("blocksize", "nested_blocksize")[: 1 + nested]:
+            size = fields[key]
+            if type(size) is not int or not 32 <= size <= 4096 or size & (size - 1):
+                raise InputError(f"{where}: {key} {size!r} isn't a power of two from 32 to 4096")
+        offset = None
+        if nested:
+            if fields["nested_dtype"] != "float32":
+                raise InputError(f"{where}: nested_dtype {fields['nested_dtype']!r} isn't float32")
+            value = fields["nested_offset"]
+            if type(value) not in (int, float) or not abs(value) <= float(np.finfo(np.float32).max):
+                raise InputError(f"{where}: nested_offset {value!r} isn't a finite float32")
+            offset = np.float32(value)
+        return cls(
+            quant_type,
+            fields["blocksize"],
+            DTYPES[fields["dtype"]],
+            tuple(shape),
+            fields.get("nested_blocksize"),
+            offset,
+        )
+
+    def dump(self) -> bytes:
+        """The JSON text, UTF-8, of a length that doesn't depend on nested_offset's value."""
+        fields: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "dtype": DTYPE_NAMES[self.dtype],
+            "shape": list(self.shape),
+        }
+        if self.nested_offset is None:
+            return json.dumps(fields).encode()
+        fields |= {"nested_blocksize": self.nested_blocksize, "nested_dtype": "float32"}
+        # 17 decimals give every float32 back, and always 23 characters: the header of a file that is still to be
+        # computed needs the lengths. An absmax is not negative, so neither is the mean.
+        return (json.dumps(fields)[:-1] + f', "nested_offset": {float(self.nested_offset):.17e}}}').encode()
+
+
+def group_names(names: Iterable[str], where: str) -> dict[str, list[str]]:
+    """Find the 4-bit weights among tensor names: {weight name: the names of its parts}.
+
+    Raises InputError on a part whose weight or state is missing, and on parts nobody knows.
+    """
+    present = set(names)
+    groups: dict[str, list[str]] = {}
+    for name in present:
+        match = STATE.fullmatch(name)
+        if match:
+            weight = match[1]
+            if weight in groups:
+                raise InputError(f"{where}: tensor {weight!r} has more than one quant_state")
+            keys = [weight, *(f"{weight}.{part}" for part in PARTS)]
+            groups[weight] = [key for key in keys if key in present] + [name]
+            if weight not in present:
+                raise InputError(f"{where}: there is {name!r}, but not the tensor {weight!r} itself")
+    known = {key for keys in groups.values() for key in keys}
+    for name in sorted(present - known):
+        if PART.fullmatch(name):
+            raise InputError(
+                f"{where}: tensor {name!r} belongs to no NF4 or FP4 weight; 8-bit and others can't be read"
+            )
+    return groups
+
+
+class StoredWeight:
+    """A 4-bit weight in one or more safetensors files: its state parsed and checked, its data read on demand.
+
+    `files` maps each of the weight's tensor names to the file that holds it. Raises InputError.
+    """
+
+    def __init__(self, name: str, files: Mapping[str, SafetensorsFile]) -> None:
+        self._name = name
+        self._files = files
+        key = next(key for key in files if STATE.fullmatch(key))
+        match = STATE.fullmatch(key)
+        assert match is not None
+        file = files[key]
+        self._where = f"{file.path}: tensor {name!r}"
+        if match[2] not in CODEBOOKS:
+            raise InputError(
+                f"{self._where}: quantized as {match[2]!r}, which isn't one of {', '.join(CODEBOOKS)}"
+            )
+        self._expect(key, "U8", None)
+        self.state = QuantState.parse(file.read(key).tobytes(), match[2], f"{file.path}: tensor {key!r}")
+        self._check()
+
+    def _expect(self, key: str, dtype: str, size: int | None) -> None:
+        if key not in self._files:
+            raise InputError(f"{self._where}: its part {key!r} is missing")
+        entry = self._files[key].entry(key)
+        count = math.prod(entry.shape)
+        if entry.dtype != dtype or (size is not None and count != size):
+            raise InputError(
+                f"{self._files[key].path}: tensor {key!r} is {entry.dtype} of {count} values, not {dtype} of "
+                f"{'any number' if size is None else size}"
+            )
+
+    def _check(self) -> None:
+        state, name = self.state, self._name
+        size = math.prod(state.shape)
+        blocks = -(-size // state.blocksize)
+        entry = self._files[name].entry(name)
+        # quant_storage only changes the dtype under which the same bytes are stored.
+        if entry.stop - entry.start != (size + 1) // 2:
+            raise InputError(
+                f"{self._where}: {entry.stop - entry.start} bytes of codes, but shape {list(state.shape)} needs "
+                f"{(size + 1) // 2}"
+            )
+        self._expect(f"{name}.quant_map", "F32", 16)
+        self._expect(f"{name}.absmax", "F32" if state.nested_blocksize is None else "U8", blocks)
+        if state.nested_blocksize is None:
+            for part in ("nested_absmax", "nested_quant_map"):
+                if f"{name}.{part}" in self._files:
+                    raise InputError(f"{self._where}: has {part}, but its quant_state has no nested_offset")
+        else:
+            self._expect(f"{name}.nested_absmax", "F32", -(-blocks // state.nested_blocksize))
+            self._expect(f"{name}.nested_quant_map", "F32", 256)
+
+    def _part(self, name: str) -> NDArray[Any]:
+        value = self._files[name].read(name).reshape(-1)
+        if value.dtype == F32 and not np.isfinite(value).all():
+            at = int(np.argmin(np.isfinite(value)))
+            raise InputError(
+                f"{self._files[name].path}: tensor {name!r} holds {value[at]} at {at}; it is damaged"
+            )
+        return value
+
+    def read(self) -> QuantizedTensor:
+        """Read the weight. The maps are those stored with it (NF4-8.5)."""
+        state, name = self.state, self._name
+        entry = self._files[name].entry(name)
+        codes = self._files[name].read(name).reshape(-1).view(U8)
+        assert codes.size == entry.stop - entry.start
+        values = self._part(f"{name}.quant_map")
+        own = CODEBOOKS[state.quant_type]
+        same = own.values.tobytes() == values.tobytes()
+        absmax: NDArray[np.float32] | NestedAbsmax = self._part(f"{name}.absmax")
+        if state.nested_blocksize is not None and state.nested_offset is not None:
+            absmax = NestedAbsmax(
+                codes=self._part(f"{name}.absmax"),
+                absmax=self._part(f"{name}.nested_absmax"),
+                offset=state.nested_offset,
+                map=self._part(f"{name}.nested_quant_map"),
+                block_size=state.nested_blocksize,
+            )
+        return QuantizedTensor(
+            codes=codes,
+            absmax=absmax,
+            shape=state.shape,
+            dtype=state.dtype,
+            block_size=state.blocksize,
+            codebook=own if same else Codebook(state.quant_type, values),
+        )
+
+
+def weight_specs(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], block_size: int, codebook: str, nested: bool
+) -> dict[str, TensorSpec]:
+    """The tensors a weight will take in a file, before it is quantized (NF4-8.4)."""
+    blocks = -(-math.prod(shape) // block_size)
+    state = QuantState(
+        codebook,
+        block_size,
+        dtype,
+        shape,
+        NESTED_BLOCK_SIZE if nested else None,
+        np.float32(0) if nested else None,
+    )
+    specs = {
+        name: TensorSpec(U8, ((math.prod(shape) + 1) // 2, 1)),
+        f"{name}.absmax": TensorSpec(U8 if nested else F32, (blocks,)),
+        f"{name}.quant_map": TensorSpec(F32, (16,)),
+        f"{name}.quant_state.bitsandbytes__{codebook}": TensorSpec(U8, (len(state.dump()),)),
+    }
+    if nested:
+        specs[f"{name}.nested_absmax"] = TensorSpec(F32, (-(-blocks // NESTED_BLOCK_SIZE),))
+        specs[f"{name}.nested_quant_map"] = TensorSpec(F32, (256,))
+    return specs
+
+
+def weight_tensors(name: str, q: QuantizedTensor) -> dict[str, NDArray[Any]]:
+    """The tensors a quantized weight takes in a file: those weight_specs announced (NF4-8.4)."""
+    nested = q.absmax if isinstance(q.absmax, NestedAbsmax) else None
+    state = QuantState(
+        q.codebook.name,
+        q.block_size,
+        np.dtype(q.dtype),
+        q.shape,
+        nested.block_size if nested else None,
+        nested.offset if nested else None,
+    )
+    tensors: dict[str, NDArray[Any]] = {
+        name: q.codes.reshape(-1, 1),
+        f"{name}.absmax": q.absmax.codes if isinstance(q.absmax, NestedAbsmax) else q.absmax,
+        f"{name}.quant_map": q.codebook.values,
+        f"{name}.quant_state.bitsandbytes__{q.codebook.name}": np.frombuffer(state.dump(), U8),
+    }
+    if nested:
+        tensors[f"{name}.nested_absmax"] = nested.absmax
+        tensors[f"{name}.nested_quant_map"] = nested.map
+    return tensors
+
+
+def save_tensor(q: QuantizedTensor, path: str | Path) -> None:
+    """Save one quantized tensor as a safetensors file, under the name "weight" (NF4-8.4)."""
+    tensors = weight_tensors("weight", q)
+    specs = {name: TensorSpec(value.dtype, value.shape) for name, value in tensors.items()}
+    with SafetensorsWriter(path, specs) as writer:
+        for name, value in tensors.items():
+            writer.write(name, value)
+
+
+def load_tensor(path: str | Path) -> QuantizedTensor:
+    """Load what save_tensor saved, or a bitsandbytes layer's state of the same names. Raises InputError."""
+    file = SafetensorsFile(path)
+    groups = group_names(file.entries, str(file.path))
+    if groups.keys() != {"weight"}:
+        raise InputError(f"{file.path}: needs one quantized tensor named 'weight', and has {sorted(groups)}")
+    return StoredWeight("weight", dict.fromkeys(groups["weight"], file)).read()
