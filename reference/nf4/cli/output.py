@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else."
@@ -37,26 +37,29 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-class ByteProgress:
-    """Progress over a known number of bytes, on standard error: a bar, or a line a tenth without a terminal."""
+class TensorProgress:
+    """Progress tensor by tensor, on standard error: a bar, or a line a tenth where there is no terminal.
 
-    def __init__(self, title: str, total: int, *, quiet: bool) -> None:
-        self._title, self._total, self._quiet = title, max(total, 1), quiet
-        self._done, self._tenth = 0, 0
+    Call it as nf4.formats.checkpoint.Progress is called.
+    """
+
+    def __init__(self, title: str, *, quiet: bool) -> None:
+        self._title, self._quiet, self._tenth = title, quiet, 0
         console = Console(stderr=True)
         self._bar: Progress | None = None
         if console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
+                MofNCompleteColumn(),
                 TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[tensor]}"),
                 console=console,
+                transient=True,
             )
-            self._task = self._bar.add_task(title, total=self._total)
+            self._task = self._bar.add_task(title, total=None, tensor="")
 
-    def __enter__(self) -> "ByteProgress":
+    def __enter__(self) -> "TensorProgress":
         if self._bar is not None:
             self._bar.start()
         return self
@@ -67,11 +70,10 @@ class ByteProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, count: int) -> None:
-        """Count `count` more bytes as done."""
-        self._done += count
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Say that `done` of `total` tensors are ready, and that `name` is next or was last."""
         if self._bar is not None:
-            self._bar.advance(self._task, count)
-        elif not self._quiet and self._done * 10 // self._total > self._tenth:
-            self._tenth = self._done * 10 // self._total
-            click.echo(f"{self._title} {10 * self._tenth} % of {size(self._total)}", err=True)
+            self._bar.update(self._task, completed=done, total=total, tensor=name)
+        elif not self._quiet and done * 10 // max(total, 1) > self._tenth:
+            self._tenth = done * 10 // total
+            click.echo(f"{self._title}: {done} of {total} tensors", err=True)

@@ -1,0 +1,88 @@
+"""`nf4 quantize`: a model's linear weights into 4 bits, as a directory that transformers loads."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from nf4.cli.output import TensorProgress, json_option, print_json, size
+from nf4.codebooks import CODEBOOKS
+from nf4.formats.bitsandbytes import write_quantized
+from nf4.formats.checkpoint import Checkpoint, QuantizeOptions, open_checkpoint
+from nf4.tensor import QuantizedTensor, dequantize
+
+_CHUNK = 1 << 20  # elements: the differences of a large weight are never all in memory
+
+
+@click.command("quantize")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option("--block-size", type=int, default=64, show_default=True, help="Elements a scale: 32 to 4096.")
+@click.option("--codebook", type=click.Choice(list(CODEBOOKS)), default="nf4", show_default=True)
+@click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the scales too.")
+@json_option
+def command(src: Path, dst: Path, block_size: int, codebook: str, double_quant: bool, as_json: bool) -> None:
+    """Quantize the linear layers of SRC into the new directory DST, which transformers loads.
+
+    SRC is a Hugging Face directory or a GGUF file. Embeddings, norms and the head stay as they are. The error
+    is measured on DST as it was written.
+    """
+    source = open_checkpoint(src)
+    options = QuantizeOptions(block_size=block_size, codebook=codebook, double_quant=double_quant)
+    with TensorProgress("quantizing", quiet=as_json) as progress:
+        write_quantized(source, dst, options, progress=progress)
+    with TensorProgress("measuring", quiet=as_json) as progress:
+        error = measure(source, open_checkpoint(dst), progress)
+    answer = {
+        "source": str(src),
+        "output": str(dst),
+        "codebook": codebook,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        **error,
+    }
+    if as_json:
+        print_json(answer)
+        return
+    click.echo(
+        f"{dst}: {error['tensors']} tensors, {error['weights']:,} weights in {error['bits_per_weight']:.3f} bits each "
+        f"({size(error['bytes'])}); relative RMS error {error['relative_rms_error']:.3%}"
+    )
+
+
+def measure(source: Checkpoint, written: Checkpoint, progress: TensorProgress) -> dict[str, Any]:
+    """Compare each 4-bit weight of `written` with the one it was made from.
+
+    Returns the number of tensors and weights, their bytes and bits per weight, and the relative RMS error,
+    sqrt(sum (x - x')^2 / sum x^2) over all of them, with x' in the dtype that the weight has when it is used.
+    """
+    names = written.names()
+    tensors = weights = nbytes = 0
+    error = power = 0.0
+    for i, name in enumerate(names):
+        progress(name, i, len(names))
+        if written.dtype(name) not in CODEBOOKS:
+            continue
+        q = written.read(name)
+        x = source.read(name)
+        # A source that is 4-bit already is copied, not quantized again: it has no error of ours.
+        if not isinstance(q, QuantizedTensor) or isinstance(x, QuantizedTensor):
+            continue
+        tensors, weights, nbytes = tensors + 1, weights + q.size, nbytes + q.nbytes
+        decoded = dequantize(q).reshape(-1)
+        flat = x.reshape(-1)
+        for start in range(0, q.size, _CHUNK):
+            original = flat[start : start + _CHUNK].astype(np.float64)
+            power += float(original @ original)
+            original -= decoded[start : start + _CHUNK]
+            error += float(original @ original)
+    progress(names[-1], len(names), len(names))
+    return {
+        "tensors": tensors,
+        "weights": weights,
+        "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / weights if weights else 0.0,
+        "relative_rms_error": math.sqrt(error / power) if power else 0.0,
+    }
