@@ -1,0 +1,1 @@
+"""The Llama-family causal language model with hand-written gradients."""
