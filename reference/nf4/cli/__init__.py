@@ -1,0 +1,62 @@
+"""The command line: a group of commands that are imported when called, and its exit codes."""
+
+from importlib import import_module
+from typing import Any
+
+import click
+
+from nf4 import __version__
+from nf4.errors import CheckFailed, InputError
+
+DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# The help of each command stands here, so that `nf4 --help` imports none of them.
+COMMANDS = {
+    "finetune": "Quantize a model and train a LoRA adapter on it.",
+    "quantize": "Write a model's linear weights as 4 bits.",
+    "dequantize": "Write a 4-bit model as plain weights.",
+    "inspect": "Show the tensors of a model or an adapter.",
+    "generate": "Write text with a model.",
+    "eval": "Measure a model's perplexity on a text.",
+    "merge": "Add an adapter to the weights of its model.",
+    "bench": "Measure speed and memory beside other programs.",
+}
+
+
+class _Commands(click.Group):
+    """Imports nf4.cli.NAME for the command NAME, and turns the two errors of a run into exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"nf4.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            click.echo(f"nf4: {error}", err=True)
+            ctx.exit(BAD_INPUT)
+        except CheckFailed as error:
+            click.echo(f"nf4: {error}", err=True)
+            ctx.exit(CHECK_FAILED)
+        except KeyboardInterrupt:
+            click.echo("nf4: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nf4")
+def main() -> None:
+    """Quantize to NF4, fine-tune with QLoRA, evaluate and generate: in NumPy, on a CPU.
+
+    Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
+    """

@@ -1,0 +1,131 @@
+"""AdamW with decoupled weight decay, and clipping by the global gradient norm."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4 import parallel
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_CHUNK = (
+    1 << 16
+)  # elements: parameter, gradient, two states and two temporaries of a chunk stay in the L2 cache
+
+
+class AdamW:
+    """AdamW over named arrays, which it updates in place. NF4-10.2
+
+    params are float32 or bfloat16, C-contiguous; the states m and v are float32 in every case. Weight decay
+    acts on arrays of two or more dimensions, never on norms and biases. Raises ValueError for another
+    dtype or layout.
+    """
+
+    def __init__(
+        self,
+        params: Mapping[str, NDArray[Any]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        for name, p in params.items():
+            if p.dtype not in (np.dtype(np.float32), _BFLOAT16) or not p.flags.c_contiguous:
+                raise ValueError(f"{name}: AdamW takes C-contiguous float32 or bfloat16, not {p.dtype}")
+        self.params = dict(params)
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.m = {name: np.zeros(p.shape, np.float32) for name, p in self.params.items()}
+        self.v = {name: np.zeros(p.shape, np.float32) for name, p in self.params.items()}
+        self.steps = 0
+        self._powers = (1.0, 1.0)  # beta1^steps, beta2^steps
+
+    def restore(self, steps: int, m: Mapping[str, NDArray[Any]], v: Mapping[str, NDArray[Any]]) -> None:
+        """Take over the states after a number of steps; the powers of the betas are formed anew. NF4-10.3"""
+        for name in self.params:
+            np.copyto(self.m[name], m[name])
+            np.copyto(self.v[name], v[name])
+        power1 = power2 = 1.0
+        for _ in range(steps):
+            power1, power2 = power1 * self.betas[0], power2 * self.betas[1]
+        self.steps, self._powers = steps, (power1, power2)
+
+    def step(self, grads: Mapping[str, NDArray[Any]], lr: float) -> None:
+        """Update every parameter once with the gradients of the same names and shapes. NF4-10.4, NF4-10.5"""
+        beta1, beta2 = self.betas
+        self.steps += 1
+        self._powers = (self._powers[0] * beta1, self._powers[1] * beta2)
+        # Binary64 scalars, each rounded to float32 once: NF4-10.3
+        step_size = np.float32(lr / (1.0 - self._powers[0]))
+        root = np.float32(math.sqrt(1.0 - self._powers[1]))
+        for name, p in self.params.items():
+            decay = np.float32(1.0 - lr * self.weight_decay) if p.ndim >= 2 else np.float32(1.0)
+            self._update(p, grads[name], self.m[name], self.v[name], decay, step_size, root)
+
+    def _update(
+        self,
+        p: NDArray[Any],
+        g: NDArray[Any],
+        m: NDArray[np.float32],
+        v: NDArray[np.float32],
+        decay: np.float32,
+        step_size: np.float32,
+        root: np.float32,
+    ) -> None:
+        rest1, beta2 = np.float32(1.0 - self.betas[0]), np.float32(self.betas[1])
+        rest2, eps = np.float32(1.0 - self.betas[1]), np.float32(self.eps)
+        flat_p, flat_m, flat_v = p.reshape(-1), m.reshape(-1), v.reshape(-1)  # views: all are C-contiguous
+        flat_g = np.ascontiguousarray(g).reshape(-1)
+
+        def work(start: int, stop: int) -> None:
+            part = slice(start, stop)
+            g32 = flat_g[part].astype(np.float32, copy=False)
+            m_, v_ = flat_m[part], flat_v[part]
+            p32 = flat_p[part].astype(np.float32, copy=False)  # the parameter itself if it is float32
+            t = np.subtract(g32, m_)
+            t *= rest1
+            m_ += t  # m + (1 - beta1)·(g - m)
+            np.multiply(g32, g32, out=t)
+            t *= rest2
+            v_ *= beta2
+            v_ += t  # beta2·v + (1 - beta2)·(g·g)
+            np.sqrt(v_, out=t)
+            t /= root
+            t += eps
+            np.divide(m_, t, out=t)
+            t *= step_size
+            p32 *= decay
+            p32 -= t
+            if flat_p.dtype == _BFLOAT16:
+                flat_p[part] = p32.astype(_BFLOAT16)
+
+        parallel.map_chunks(work, flat_p.size, _CHUNK)
+
+
+def gradient_norm(grads: Mapping[str, NDArray[Any]]) -> float:
+    """Return the 2-norm of all gradients together, summed in float64 by sorted names. NF4-10.7"""
+    total = 0.0
+    for name in sorted(grads):
+        flat = grads[name].reshape(-1)
+        for start in range(0, flat.size, _CHUNK):
+            square = flat[start : start + _CHUNK].astype(np.float64)
+            square *= square
+            total += float(square.sum())
+    return math.sqrt(total)
+
+
+def clip_grad_norm(grads: Mapping[str, NDArray[Any]], max_norm: float) -> float:
+    """Scale the gradients in place so that their norm is at most max_norm; return the norm before. NF4-10.7
+
+    The factor is max_norm/(norm + 1e-6), as in PyTorch, and is applied where it is below 1; a max_norm of 0
+    clips nothing. A norm that is not finite leaves the gradients as they are.
+    """
+    norm = gradient_norm(grads)
+    if max_norm > 0 and math.isfinite(norm):
+        factor = max_norm / (norm + 1e-6)
+        if factor < 1.0:
+            for g in grads.values():
+                np.multiply(g, g.dtype.type(factor), out=g)
+    return norm

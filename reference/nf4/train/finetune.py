@@ -1,0 +1,562 @@
+"""The training loop, and QLoRA fine-tuning on it: from a model and a text to an adapter on the disk."""
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4 import parallel
+from nf4.codebooks import CODEBOOKS
+from nf4.errors import CheckFailed, InputError
+from nf4.formats import peft
+from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
+from nf4.formats.files import SafetensorsWriter, TensorSpec, check_output_directory
+from nf4.formats.tokenizer import Tokenizer
+from nf4.lora import LoRA, init_lora
+from nf4.model.config import LlamaConfig
+from nf4.model.generate import generate
+from nf4.model.llama import TARGETS, Llama
+from nf4.nested import NestedAbsmax
+from nf4.tensor import QuantizedTensor
+from nf4.train import snapshot
+from nf4.train.adamw import AdamW, clip_grad_norm
+from nf4.train.data import IGNORE, Data, Example, evenly, load_data, ordering
+from nf4.train.log import NAME as LOG
+from nf4.train.log import PICTURE, TrainingLog, draw
+from nf4.train.schedule import SCHEDULES, learning_rate
+from nf4.train.step import evaluate, train_step
+
+BEST = "best"
+"""The folder, in the output directory, of the result with the lowest held-out loss."""
+
+ADAPTER_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+_SAMPLE_PROMPT = 32  # tokens of held-out text that the samples go on from
+_SAMPLE_CHARACTERS = 200
+_FREE = (
+    "model",
+    "data",
+    "eval_data",
+    "out",
+    "steps",
+    "save_every",
+    "resume",
+)  # may change when a run resumes
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """Everything a run depends on; the defaults are those of the command line. seq_len is in tokens."""
+
+    model: str
+    data: str
+    out: str
+    eval_data: str | None = None
+    steps: int = 200
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rslora: bool = False
+    targets: tuple[str, ...] = TARGETS
+    adapter_dtype: str = "float32"
+    block_size: int = 64
+    codebook: str = "nf4"
+    double_quant: bool = True
+    lr: float = 2e-4
+    schedule: str = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.3
+    batch_size: int = 4
+    seq_len: int = 256
+    grad_accum: int = 1
+    group_by_length: bool = False
+    loss_on: str = "completion"
+    checkpointing: bool = False
+    seed: int = 0
+    threads: int | None = None
+    eval_every: int = 50
+    eval_sequences: int = 64
+    save_every: int | None = None
+    resume: bool = False
+
+    def check(self) -> None:
+        """Raise InputError for a value out of its range, naming the option."""
+        least: dict[str, float] = {
+            "steps": 1, "rank": 1, "batch_size": 1, "seq_len": 1, "grad_accum": 1, "threads": 1,
+            "save_every": 1, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "dropout": 0, "seed": 0,
+            "eval_every": 0, "eval_sequences": 0,
+        }  # fmt: skip
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise InputError(f"{_flag(name)} {value}: it must be at least {low}")
+        for name in ("alpha", "lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{_flag(name)} {getattr(self, name)}: it must be above 0")
+        if self.dropout >= 1:
+            raise InputError(f"--dropout {self.dropout}: it must be below 1")
+        if self.seed >= 1 << 64:
+            raise InputError(f"--seed {self.seed}: it must be below 2^64")
+        choices: dict[str, Any] = {
+            "codebook": CODEBOOKS, "schedule": SCHEDULES, "adapter_dtype": ADAPTER_DTYPES
+        }  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{_flag(name)} {getattr(self, name)}: it is one of {', '.join(known)}")
+        for target in self.targets:
+            if target not in TARGETS:
+                raise InputError(
+                    f"--targets {target}: the layers that take an adapter are {', '.join(TARGETS)}"
+                )
+        if not self.targets:
+            raise InputError(f"--targets: name at least one of {', '.join(TARGETS)}")
+        if self.block_size not in [1 << k for k in range(5, 13)]:
+            raise InputError(f"--block-size {self.block_size}: it is a power of two from 32 to 4096")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run came to. Losses in nats a token; tokens and seconds are those of this call's steps."""
+
+    out: Path
+    step: int
+    steps: int
+    interrupted: bool
+    eval_before: float
+    eval_after: float
+    best_loss: float | None
+    best_step: int
+    sample_prompt: str
+    sample_before: str
+    sample_after: str
+    tokens: int
+    seconds: float
+
+
+class Report:
+    """Hears what a run does; this one says nothing. The command line's shows progress."""
+
+    def note(self, text: str) -> None:
+        """Hear one sentence about the run."""
+
+    def start(self, step: int, steps: int) -> None:
+        """Hear that training starts after the given step."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Hear a step's record as it goes into the log."""
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Hear a held-out loss."""
+
+
+class SavesTo(Protocol):
+    """Writes the trained result into a directory, atomically, as it is now."""
+
+    def __call__(self, directory: Path) -> None: ...  # noqa: D102
+
+
+def finetune(options: FinetuneOptions, report: Report | None = None) -> FinetuneResult:
+    """Quantize a model, train LoRA adapters on it, and write them with log, picture and checkpoint.
+
+    Raises InputError for bad options, model, data or output directory, before anything is written, and
+    CheckFailed when the loss is no longer finite.
+    """
+    report = report or Report()
+    options.check()
+    options = prepare_output(options)
+    source = open_checkpoint(options.model)
+    tokenizer = source.tokenizer()
+    config = LlamaConfig.from_dict(source.config, str(source.path))
+    data = load_data(
+        options.data,
+        tokenizer,
+        options.seq_len,
+        max_positions=config.max_position_embeddings,
+        loss_on=options.loss_on,
+        eval_path=options.eval_data,
+        seed=options.seed,
+    )
+    for count, what in (
+        (data.truncated, f"cut to {options.seq_len} tokens"),
+        (data.dropped, "left out: no target"),
+    ):
+        if count:
+            report.note(f"{count} of {count + len(data.train) + len(data.heldout)} examples {what}")
+    report.note(f"loading {options.model} in {options.codebook}, block {options.block_size}")
+    base = load_model(
+        source,
+        quantize=QuantizeOptions(options.block_size, options.codebook, options.double_quant),
+    )
+    adapters = new_adapters(base, options)
+    model = Llama(base.config, base.params, adapters)
+
+    def save(directory: Path) -> None:
+        peft.save_adapter(directory, adapters, base=str(source.path), rslora=options.rslora)
+
+    return train_loop(model, tokenizer, data, options, train="lora", save=save, report=report)
+
+
+def new_adapters(model: Llama, options: FinetuneOptions) -> dict[str, LoRA]:
+    """Return a fresh adapter for each targeted linear layer of the model, by the module's name. NF4-9.3"""
+    adapters = {}
+    for module, (out_features, in_features) in peft.linear_shapes(model.config).items():
+        if module.rpartition(".")[2] in options.targets:
+            adapters[module] = init_lora(
+                module,
+                in_features,
+                out_features,
+                options.rank,
+                options.alpha,
+                options.dropout,
+                options.seed,
+                rslora=options.rslora,
+                dtype=ADAPTER_DTYPES[options.adapter_dtype],
+            )
+    return adapters
+
+
+def save_parameters(directory: Path, model: Llama) -> None:
+    """Write a model trained in full as directory/model.safetensors. Raises InputError if the disk refuses."""
+    params = model.trainable("full")
+    specs = {name: TensorSpec(p.dtype, p.shape) for name, p in params.items()}
+    with SafetensorsWriter(directory / "model.safetensors", specs) as writer:
+        for name, p in params.items():
+            writer.write(name, p)
+
+
+def prepare_output(options: FinetuneOptions) -> FinetuneOptions:
+    """Refuse an output directory that is not for this run, and settle the number of threads. Writes nothing.
+
+    The threads set how sums are grouped, so a run resumes with the number it began with. Raises InputError.
+    """
+    out = Path(options.out)
+    checkpoint = out / snapshot.NAME
+    threads = options.threads
+    if checkpoint.exists():
+        if not options.resume:
+            raise InputError(f"{out}: it holds a run; go on with it by --resume, or name another --out")
+        _, identity = snapshot.read_facts(checkpoint)
+        threads = threads or identity["options"]["threads"]
+        if options.steps < identity["steps"]:
+            raise InputError(
+                f"--steps {options.steps}: the run in {out} has {identity['steps']}; they may only grow"
+            )
+    elif out.is_dir() and options.resume and all(path.name.endswith(".tmp") for path in out.iterdir()):
+        pass  # killed before its first checkpoint: there is nothing to lose, so it starts over
+    elif out.exists() and options.resume:
+        raise InputError(f"{checkpoint}: there is no such checkpoint to resume from; leave --resume away")
+    else:
+        check_output_directory(out)
+    return replace(options, threads=threads or parallel.worker_threads())
+
+
+def saved_options(out: Path) -> dict[str, Any] | None:
+    """Return the options of the run that a directory holds, by their names, or None if it holds none."""
+    path = out / snapshot.NAME
+    if not path.exists():
+        return None
+    _, identity = snapshot.read_facts(path)
+    return {**identity["options"], **identity["paths"], "steps": identity["steps"]}
+
+
+def train_loop(
+    model: Llama,
+    tokenizer: Tokenizer | None,
+    data: Data,
+    options: FinetuneOptions,
+    *,
+    train: Literal["lora", "full"],
+    save: SavesTo,
+    report: Report,
+) -> FinetuneResult:
+    """Train the model's adapters, or with train="full" all its parameters, as options says; NF4-10.
+
+    options comes from prepare_output. Without a tokenizer no samples are drawn. The result, by save, goes to
+    options.out, and the best by held-out loss to its folder best/.
+    """
+    loop = _Loop(model, tokenizer, data, options, train, save, report)
+    return loop.run()
+
+
+class _Loop:
+    """One run: what it works on, and where it stands."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer | None,
+        data: Data,
+        options: FinetuneOptions,
+        train: Literal["lora", "full"],
+        save: SavesTo,
+        report: Report,
+    ) -> None:
+        self.model, self.tokenizer, self.data, self.options = model, tokenizer, data, options
+        self.train, self.save, self.report = train, save, report
+        self.threads = options.threads or parallel.worker_threads()
+        self.out = Path(options.out)
+        self.checkpoint = self.out / snapshot.NAME
+        self.heldout = evenly(data.heldout, options.eval_sequences)
+        self.identity = _identity(model, data, options, train)
+        self.optimizer = AdamW(model.trainable(train), weight_decay=options.weight_decay)
+        self.progress = snapshot.Progress()
+        self.saved_step = 0
+
+    def run(self) -> FinetuneResult:
+        if self.checkpoint.exists():
+            self._resume()
+        else:
+            self._begin()
+        options, tokens, before = self.options, 0, self.progress.seconds
+        order = ordering(
+            [len(example) for example in self.data.train],
+            seed=options.seed,
+            batch_size=options.batch_size,
+            group_by_length=options.group_by_length,
+        )
+        self.report.start(self.progress.step, options.steps)
+        log = TrainingLog(self.out / LOG, step=self.progress.step, eval_before=self.progress.eval_before)
+        with log, _interrupts() as interrupted:
+            while self.progress.step < options.steps and not interrupted():
+                record = self._step(order)
+                log.write(record)
+                self.report.step(record)
+                tokens += record["tokens"]
+                step = self.progress.step
+                evaluates = step == options.steps or (
+                    options.eval_every > 0 and step % options.eval_every == 0
+                )
+                if evaluates:
+                    self._evaluate(log)
+                saves = step % options.save_every == 0 if options.save_every else evaluates
+                if saves or step == options.steps:
+                    self._save_checkpoint(log)
+            if self.saved_step != self.progress.step:
+                self._save_checkpoint(log)
+        self.save(self.out)
+        draw(self.out / LOG, self.out / PICTURE)
+        progress = self.progress
+        return FinetuneResult(
+            out=self.out,
+            step=progress.step,
+            steps=options.steps,
+            interrupted=progress.step < options.steps,
+            eval_before=progress.eval_before,
+            eval_after=progress.eval_last,
+            best_loss=progress.best_loss,
+            best_step=progress.best_step,
+            sample_prompt=progress.sample_prompt,
+            sample_before=progress.sample_before,
+            sample_after=self._sample()[1],
+            tokens=tokens,
+            seconds=progress.seconds - before,
+        )
+
+    def _begin(self) -> None:
+        """Measure the untrained model and write the checkpoint of step 0: from here it can be resumed."""
+        prompt, text = self._sample()
+        loss = self._heldout_loss()
+        self.progress = snapshot.Progress(
+            eval_before=loss, eval_last=loss, sample_prompt=prompt, sample_before=text
+        )
+        self.report.evaluation(0, loss)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.out}: can't be made ({error.strerror})") from None
+        self._save_checkpoint(None)
+
+    def _resume(self) -> None:
+        saved = snapshot.read_facts(self.checkpoint)[1]
+        snapshot.check_identity(self.checkpoint, _comparable(saved), _comparable(self.identity))
+        self.progress = snapshot.restore(self.checkpoint, self.optimizer)
+        self.saved_step = self.progress.step
+        self.report.note(f"going on after step {self.progress.step} of {self.out}")
+
+    def _step(self, order: Callable[[int], int]) -> dict[str, Any]:
+        """Make one update; return its record for the log."""
+        options, step = self.options, self.progress.step
+        began = time.perf_counter()
+        first = step * options.grad_accum * options.batch_size
+        micro_batches = []
+        for start in range(first, first + options.grad_accum * options.batch_size, options.batch_size):
+            samples = range(start, start + options.batch_size)
+            micro_batches.append(([self.data.train[order(n)] for n in samples], samples))
+        result = train_step(
+            self.model,
+            micro_batches,
+            train=self.train,
+            checkpointing=options.checkpointing,
+            seed=options.seed,
+            threads=self.threads,
+        )
+        rate = learning_rate(
+            step, steps=options.steps, lr=options.lr, schedule=options.schedule, warmup=options.warmup
+        )
+        norm = clip_grad_norm(result.grads, options.max_grad_norm)
+        if not (math.isfinite(result.loss) and math.isfinite(norm)):
+            raise self._diverged(step + 1, f"the loss is {result.loss} and the gradient norm {norm}")
+        self.optimizer.step(result.grads, rate)
+        seconds = time.perf_counter() - began
+        self.progress.step = step + 1
+        self.progress.seconds += seconds
+        return {
+            "step": step + 1,
+            "loss": result.loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "tokens": result.tokens,
+            "seconds": round(seconds, 4),
+        }
+
+    def _evaluate(self, log: TrainingLog) -> None:
+        """Log the held-out loss; keep the result if it is the best so far."""
+        progress = self.progress
+        progress.eval_last = loss = self._heldout_loss()
+        log.write({"step": progress.step, "eval_loss": loss})
+        self.report.evaluation(progress.step, loss)
+        if progress.best_loss is None or loss < progress.best_loss:
+            # Before the checkpoint that knows of it: a kill between the two only makes the run find it again.
+            (self.out / BEST).mkdir(exist_ok=True)
+            self.save(self.out / BEST)
+            progress.best_loss, progress.best_step = loss, progress.step
+
+    def _heldout_loss(self) -> float:
+        loss = evaluate(self.model, self.heldout, batch_size=self.options.batch_size, threads=self.threads)
+        if not math.isfinite(loss):
+            raise self._diverged(self.progress.step, f"the held-out loss is {loss}")
+        return loss
+
+    def _diverged(self, step: int, what: str) -> CheckFailed:
+        if step == 0:
+            return CheckFailed(f"{what} before any training: the model's weights are damaged, get it again")
+        return CheckFailed(
+            f"step {step}: {what}; the last good checkpoint is step {self.saved_step} in {self.checkpoint}; "
+            f"try a lower --lr (now {self.options.lr:g}) or --max-grad-norm (now "
+            f"{self.options.max_grad_norm:g}), or a longer --warmup, in a new --out"
+        )
+
+    def _save_checkpoint(self, log: TrainingLog | None) -> None:
+        if log is not None:
+            log.sync()
+        try:
+            snapshot.save(self.checkpoint, self.optimizer, self.progress, self.identity)
+        except InputError as error:
+            if not self.checkpoint.exists():
+                raise
+            raise CheckFailed(
+                f"{error}; the checkpoint of step {self.saved_step} is whole: --resume from it"
+            ) from None
+        self.saved_step = self.progress.step
+
+    def _sample(self) -> tuple[str, str]:
+        """Return the beginning of the first held-out example and how the model goes on from it."""
+        if self.tokenizer is None:
+            return "", ""
+        prompt = _sample_prompt(self.data.heldout[0])
+        room = self.model.config.max_position_embeddings - len(prompt)
+        ids: list[int] = []
+        text = ""
+        for token in generate(
+            self.model,
+            prompt,
+            max(0, min(room, _SAMPLE_CHARACTERS)),
+            temperature=0.8,
+            top_p=0.95,
+            seed=self.options.seed,
+            stop_ids=self.tokenizer.eos_ids,
+        ):
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if len(text) >= _SAMPLE_CHARACTERS:
+                break
+        return self.tokenizer.decode(prompt), text
+
+
+def _sample_prompt(example: Example) -> list[int]:
+    """Return the tokens before the first that is learned; of a text, learned throughout, its beginning."""
+    first = int(np.argmax(example.targets != IGNORE))
+    ids: list[int] = example.ids[: first + 1 if first else min(_SAMPLE_PROMPT, len(example))].tolist()
+    return ids
+
+
+def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) -> dict[str, Any]:
+    """Return what makes two runs the same one: the options and digests of the weights and the examples."""
+    fields = asdict(options)
+    return {
+        "options": {name: value for name, value in fields.items() if name not in _FREE}
+        | {"targets": list(options.targets)},
+        "paths": {
+            name: str(Path(fields[name]).resolve()) if fields[name] else None
+            for name in ("model", "data", "eval_data")
+        },
+        "steps": options.steps,
+        "train": train,
+        "model": _model_digest(model),
+        "data": data.digest(),
+    }
+
+
+def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
+    plain = {f"{_flag(name)}": value for name, value in identity["options"].items()}
+    return plain | {name: identity[name] for name in ("train", "model", "data")}
+
+
+def _model_digest(model: Llama) -> str:
+    """Return a SHA-256 over the names and bits of all parameters, as quantized; adapters are left out."""
+    total = hashlib.sha256()
+
+    def add(array: NDArray[Any]) -> None:
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    for name in sorted(model.params):
+        value = model.params[name]
+        total.update(name.encode() + repr(tuple(value.shape)).encode())
+        if isinstance(value, QuantizedTensor):
+            add(value.codes)
+            absmax = value.absmax
+            if isinstance(absmax, NestedAbsmax):
+                add(absmax.codes)
+                add(absmax.absmax)
+                total.update(absmax.offset.tobytes())
+            else:
+                add(absmax)
+        else:
+            add(value)
+    return total.hexdigest()
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C end a run after the step in progress; a second one ends it at once."""
+    asked = False
+
+    def ask(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be taken over
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)

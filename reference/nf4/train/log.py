@@ -1,0 +1,116 @@
+"""training_log.jsonl, an object a step and one an evaluation, and the picture drawn from it."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nf4.errors import CheckFailed, InputError
+from nf4.formats.files import atomic_write
+
+NAME = "training_log.jsonl"
+PICTURE = "loss.png"
+
+_SMOOTH = 0.9  # weight of the past in the drawn average of the training loss
+
+
+class TrainingLog:
+    """The log of a run, open for appending after the line of a given step.
+
+    What comes after that step, or was torn by a kill, is cut away first. Raises CheckFailed when the disk
+    refuses.
+    """
+
+    def __init__(self, path: Path, *, step: int, eval_before: float) -> None:
+        self.path = path
+        kept = [record for record in read_log(path) if record["step"] <= step] if path.exists() else []
+        if step == 0 or not kept:
+            kept = [{"step": 0, "eval_loss": eval_before}]
+        with atomic_write(path) as file:
+            file.write("".join(map(_line, kept)).encode())
+        self._file = path.open("ab")
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record; a kill afterwards does not lose it."""
+        try:
+            self._file.write(_line(record).encode())
+            self._file.flush()
+        except OSError as error:
+            raise CheckFailed(
+                f"{self.path}: can't be written ({error.strerror}); make room and --resume"
+            ) from None
+
+    def sync(self) -> None:
+        """Bring the log to the disk, so that a checkpoint written next is never ahead of it."""
+        os.fsync(self._file.fileno())
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a log, less a last line torn by a kill. Raises InputError on other damage."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record["step"], int):
+                raise ValueError
+        except (ValueError, TypeError, KeyError):
+            if number == len(lines):  # no line end: it was being written
+                break
+            raise InputError(f"{path}:{number}: not a record of a training log; move the file away") from None
+        records.append(record)
+    return records
+
+
+def draw(log: Path, picture: Path) -> None:
+    """Draw the training and held-out loss of a log over the steps into a PNG."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_log(log)
+    steps = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    evals = [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r]
+    with mpl.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        if steps:
+            x, y = zip(*steps, strict=True)
+            axes.plot(x, y, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
+            axes.plot(x, _smoothed(y), color="tab:blue", linewidth=1.8, label="training, smoothed")
+        axes.plot(*zip(*evals, strict=True), color="tab:red", marker="o", linewidth=1.8, label="held out")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss (nats per token)")
+        axes.set_title(f"held-out loss {evals[0][1]:.3f} → {evals[-1][1]:.3f}")
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(frameon=False)
+        with atomic_write(picture) as file:
+            figure.savefig(file, format="png")
+
+
+def _smoothed(values: tuple[float, ...]) -> list[float]:
+    """Exponential average, each point over the weights it has seen, so that the start is not drawn to 0."""
+    total, weight, out = 0.0, 0.0, []
+    for value in values:
+        total, weight = _SMOOTH * total + value, _SMOOTH * weight + 1.0
+        out.append(total / weight)
+    return out
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
