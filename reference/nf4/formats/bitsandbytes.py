@@ -8,15 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nf4.blockwise import check_block_size
 from nf4.codebooks import CODEBOOKS, Codebook
 from nf4.errors import InputError
+from nf4.floats import DTYPES
+from nf4.formats.checkpoint import (
+    LINEAR_WEIGHT,
+    Checkpoint,
+    Progress,
+    QuantizeOptions,
+    check_finite,
+    parameter_names,
+    quantize_weight,
+)
 from nf4.formats.files import SafetensorsFile, SafetensorsWriter, TensorSpec, parse_json
-from nf4.nested import NestedAbsmax
-from nf4.tensor import QuantizedTensor
+from nf4.formats.writing import DTYPE_NAMES, dtype_key, model_dtype, write_model
+from nf4.model.config import LlamaConfig
+from nf4.nested import NESTED_BLOCK_SIZE, NestedAbsmax
+from nf4.tensor import QuantizedTensor, dequantize
 
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__([^.]+)")
 PART = re.compile(r".*\.weight\..+")
@@ -24,13 +36,6 @@ PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 FLAT_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
 WRITABLE = ("nf4", "fp4")  # bitsandbytes knows no other codebook
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-NESTED_BLOCK_SIZE = 256
 U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 
 
@@ -281,3 +286,83 @@ def load_tensor(path: str | Path) -> QuantizedTensor:
     if groups.keys() != {"weight"}:
         raise InputError(f"{file.path}: needs one quantized tensor named 'weight', and has {sorted(groups)}")
     return StoredWeight("weight", dict.fromkeys(groups["weight"], file)).read()
+
+
+def write_quantized(
+    src: Checkpoint, dst: str | Path, options: QuantizeOptions, progress: Progress | None = None
+) -> None:
+    """Write a model as a 4-bit directory that transformers loads, tensor by tensor (NF4-8.6).
+
+    The linear layers are quantized; embeddings, norms, biases and the head keep their values and dtypes. Raises
+    InputError, before any work, for a codebook bitsandbytes doesn't have, a source that is 4-bit already, and an
+    output that exists; later for NaN or infinity in a weight. Nothing is left behind then.
+    """
+    if options.codebook not in WRITABLE:
+        raise InputError(
+            f"codebook {options.codebook!r} has no place in a bitsandbytes checkpoint; "
+            f"choose one of {', '.join(WRITABLE)}"
+        )
+    check_block_size(options.block_size)
+    LlamaConfig.from_dict(src.config, str(src.path))
+    names = parameter_names(src)
+    specs: dict[str, TensorSpec] = {}
+    for name in names:
+        if src.dtype(name) in CODEBOOKS:
+            raise InputError(f"{src.path}: tensor {name!r} is 4-bit already; run `nf4 dequantize` first")
+        shape, dtype = src.shape(name), src.value_dtype(name)
+        if LINEAR_WEIGHT.fullmatch(name):
+            nested = options.double_quant
+            specs |= weight_specs(name, shape, dtype, options.block_size, options.codebook, nested)
+        else:
+            specs[name] = TensorSpec(dtype, shape)
+    dtype_name = model_dtype(src)
+    config = src.config | {
+        dtype_key(src.config): dtype_name,
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": options.codebook,
+            "bnb_4bit_use_double_quant": options.double_quant,
+            "bnb_4bit_compute_dtype": dtype_name,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": ["lm_head"],
+        },
+    }
+
+    def tensors(name: str) -> dict[str, NDArray[Any]]:
+        value = src.read(name)
+        assert not isinstance(value, QuantizedTensor)
+        if LINEAR_WEIGHT.fullmatch(name):
+            return weight_tensors(name, quantize_weight(src, name, value, options))
+        check_finite(src, name, value)
+        return {name: value}
+
+    write_model(src, dst, config, specs, tensors, progress)
+
+
+def write_dequantized(
+    src: Checkpoint, dst: str | Path, dtype: np.dtype[Any] | None, progress: Progress | None = None
+) -> None:
+    """Write a 4-bit, GGUF or plain model as plain safetensors, tensor by tensor (NF4-4, NF4-8.6).
+
+    dtype: of every tensor; None keeps the one each has, or was quantized from. Raises InputError for an output that
+    exists, and for values that dtype can't hold. Nothing is left behind then.
+    """
+    LlamaConfig.from_dict(src.config, str(src.path))
+    specs = {
+        name: TensorSpec(dtype or src.value_dtype(name), src.shape(name)) for name in parameter_names(src)
+    }
+    config = {key: value for key, value in src.config.items() if key != "quantization_config"}
+    config[dtype_key(src.config)] = DTYPE_NAMES[dtype] if dtype else model_dtype(src)
+
+    def tensors(name: str) -> dict[str, NDArray[Any]]:
+        value = src.read(name)
+        if isinstance(value, QuantizedTensor):
+            value = dequantize(value, specs[name].dtype)
+        with np.errstate(over="ignore"):  # refused below, by name
+            value = value.astype(specs[name].dtype, copy=False)
+        check_finite(src, name, value)
+        return {name: value}
+
+    write_model(src, dst, config, specs, tensors, progress)

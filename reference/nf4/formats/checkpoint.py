@@ -41,6 +41,9 @@ class Checkpoint(Protocol):
     def dtype(self, name: str) -> str:
         """How a parameter is stored: F32, BF16, nf4, Q4_1 and so on."""
 
+    def value_dtype(self, name: str) -> np.dtype[Any]:
+        """The dtype of a parameter's values once read; of a 4-bit one, the dtype it was quantized from."""
+
     def read(self, name: str) -> NDArray[Any] | QuantizedTensor:
         """Read one parameter. Raises InputError if it is missing or broken."""
 

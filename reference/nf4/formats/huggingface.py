@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from nf4.errors import InputError
 from nf4.formats import bitsandbytes
-from nf4.formats.files import SafetensorsFile, read_json
+from nf4.formats.files import DTYPES, SafetensorsFile, read_json
 from nf4.tensor import QuantizedTensor
 
 if TYPE_CHECKING:  # tokenizers is only needed by those who ask for one
@@ -96,6 +97,12 @@ class HuggingFaceCheckpoint:
         if name in self._quantized:
             return self._quantized[name].state.quant_type
         return self._file(name).entry(name).dtype
+
+    def value_dtype(self, name: str) -> np.dtype[Any]:
+        """The NumPy dtype of the values; of a 4-bit parameter, the one it was quantized from."""
+        if name in self._quantized:
+            return self._quantized[name].state.dtype
+        return DTYPES[self.dtype(name)]
 
     def read(self, name: str) -> NDArray[Any] | QuantizedTensor:
         """Read one parameter."""
