@@ -1,4 +1,4 @@
-"""The 4-bit checkpoints that bitsandbytes and transformers exchange: how a quantized weight lies in safetensors."""
+"""The 4-bit checkpoints of bitsandbytes and transformers: how a quantized weight lies in safetensors."""
 
 import json
 import math
@@ -41,7 +41,7 @@ U8, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 
 @dataclass(frozen=True)
 class QuantState:
-    """The JSON object stored beside a 4-bit weight (NF4-8.4); the nested fields are None unless absmax is nested."""
+    """The JSON object stored beside a 4-bit weight (NF4-8.4); nested fields are None unless nested."""
 
     quant_type: str
     blocksize: int
@@ -100,8 +100,8 @@ class QuantState:
         if self.nested_offset is None:
             return json.dumps(fields).encode()
         fields |= {"nested_blocksize": self.nested_blocksize, "nested_dtype": "float32"}
-        # 17 decimals give every float32 back, and always 23 characters: the header of a file that is still to be
-        # computed needs the lengths. An absmax is not negative, so neither is the mean.
+        # 17 decimals give every float32 back, and always 23 characters: the header of a file that is still to
+        # be computed needs the lengths. An absmax is not negative, so neither is the mean.
         return (json.dumps(fields)[:-1] + f', "nested_offset": {float(self.nested_offset):.17e}}}').encode()
 
 
@@ -172,7 +172,8 @@ class StoredWeight:
         # quant_storage only changes the dtype under which the same bytes are stored.
         if entry.stop - entry.start != (size + 1) // 2:
             raise InputError(
-                f"{self._where}: {entry.stop - entry.start} bytes of codes, but shape {list(state.shape)} needs "
+                f"{self._where}: {entry.stop - entry.start} bytes of codes, but shape "
+                f"{list(state.shape)} needs "
                 f"{(size + 1) // 2}"
             )
         self._expect(f"{name}.quant_map", "F32", 16)
@@ -293,9 +294,9 @@ def write_quantized(
 ) -> None:
     """Write a model as a 4-bit directory that transformers loads, tensor by tensor (NF4-8.6).
 
-    The linear layers are quantized; embeddings, norms, biases and the head keep their values and dtypes. Raises
-    InputError, before any work, for a codebook bitsandbytes doesn't have, a source that is 4-bit already, and an
-    output that exists; later for NaN or infinity in a weight. Nothing is left behind then.
+    The linear layers are quantized; embeddings, norms, biases and the head keep their values and dtypes.
+    Raises InputError, before any work, for a codebook bitsandbytes doesn't have, a source that is 4-bit
+    already, and an output that exists; later for NaN or infinity in a weight. Nothing is left behind then.
     """
     if options.codebook not in WRITABLE:
         raise InputError(
@@ -346,8 +347,8 @@ def write_dequantized(
 ) -> None:
     """Write a 4-bit, GGUF or plain model as plain safetensors, tensor by tensor (NF4-4, NF4-8.6).
 
-    dtype: of every tensor; None keeps the one each has, or was quantized from. Raises InputError for an output that
-    exists, and for values that dtype can't hold. Nothing is left behind then.
+    dtype: of every tensor; None keeps the one each has, or was quantized from. Raises InputError for an
+    output that exists, and for values that dtype can't hold. Nothing is left behind then.
     """
     LlamaConfig.from_dict(src.config, str(src.path))
     specs = {

@@ -48,7 +48,7 @@ class Checkpoint(Protocol):
         """Read one parameter. Raises InputError if it is missing or broken."""
 
     def tokenizer(self) -> "Tokenizer":
-        """The tokenizer that came with the model. Raises InputError if none did, or not one for this vocabulary."""
+        """The tokenizer that came with the model; InputError if none did, or not one for this vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class QuantizeOptions:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a Hugging Face directory (4-bit bitsandbytes ones too), a GGUF file, or a directory that holds one GGUF file.
+    """Open a Hugging Face directory, plain or 4-bit, a GGUF file, or a directory that holds one GGUF file.
 
     Raises InputError naming the path when it is none of these, or is broken.
     """
@@ -92,10 +92,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def load_model(
     path: str | Path | Checkpoint, *, quantize: QuantizeOptions | None, progress: Progress | None = None
 ) -> "Llama":
-    """Load a model tensor by tensor: its linear layers quantized unless `quantize` is None, the rest as float32.
+    """Load a model tensor by tensor: linear layers quantized unless `quantize` is None, the rest float32.
 
-    Weights that are 4-bit already stay as they are. Raises InputError, naming the file and the tensor, on a broken
-    or unknown model and on NaN or infinity in a weight.
+    Weights that are 4-bit already stay as they are. Raises InputError, naming the file and the tensor, on a
+    broken or unknown model and on NaN or infinity in a weight.
     """
     from nf4.model.config import LlamaConfig
     from nf4.model.llama import Llama
@@ -121,7 +121,7 @@ def load_model(
 
 
 def parameter_names(source: Checkpoint) -> list[str]:
-    """The parameters of the model itself: not a tied head stored a second time, nor a table of RoPE frequencies."""
+    """The parameters of the model itself: no tied head stored a second time, no table of RoPE frequencies."""
     tied = source.config.get("tie_word_embeddings", False)
     return [
         name
@@ -141,7 +141,7 @@ def quantize_weight(
 
 
 def check_finite(source: Checkpoint, name: str, value: NDArray[Any]) -> None:
-    """Refuse NaN and infinity in a float tensor. Raises InputError naming the model, the tensor and the index."""
+    """Refuse NaN and infinity in a float tensor; InputError names the model, the tensor and the index."""
     if value.dtype.kind not in "fV":  # ml_dtypes.bfloat16 has the kind V
         raise InputError(f"{source.path}: tensor {name!r} has dtype {value.dtype}; a weight must be a float")
     flat = value.reshape(-1)

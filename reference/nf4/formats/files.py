@@ -102,8 +102,8 @@ def read_json(path: Path) -> dict[str, Any]:
 class SafetensorsFile:
     """One safetensors file, its header wholly checked (NF4-8.2), its tensors read one at a time.
 
-    `entries` maps each name to its Entry; `metadata` is the header's `__metadata__`. Raises InputError, naming the
-    file and the tensor, on anything but a well-formed file.
+    `entries` maps each name to its Entry; `metadata` is the header's `__metadata__`. Raises InputError,
+    naming the file and the tensor, on anything but a well-formed file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -117,7 +117,8 @@ class SafetensorsFile:
                 length = int.from_bytes(head, "little")
                 if length > min(size - 8, MAX_HEADER_BYTES):
                     raise InputError(
-                        f"{self.path}: its header claims {length} bytes, but the file has {size} in all and a header "
+                        f"{self.path}: its header claims {length} bytes, but the file has {size} in all "
+                        "and a header "
                         f"at most {MAX_HEADER_BYTES}; it is truncated or not a safetensors file"
                     )
                 text = file.read(length)
@@ -169,7 +170,8 @@ class SafetensorsFile:
         for name, entry in sorted(self.entries.items(), key=lambda item: (item[1].start, item[1].stop)):
             if entry.stop > size:
                 raise InputError(
-                    f"{self.path}: tensor {name!r} ends at byte {entry.stop}, but the file has {size}; it is truncated"
+                    f"{self.path}: tensor {name!r} ends at byte {entry.stop}, but the file has {size}; "
+                    "it is truncated"
                 )
             if entry.start != end:
                 how = "overlaps" if entry.start < end else f"leaves a gap of {entry.start - end} bytes after"
@@ -328,8 +330,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """Open a binary file that replaces `path` when the block ends well, and leaves no trace when it doesn't.
 
-    The bytes go to a temporary name in the same directory, are synced to the disk, and renamed. Raises InputError if
-    the disk refuses (no such directory, no permission, full).
+    The bytes go to a temporary name in the same directory, are synced to the disk, and renamed. Raises
+    InputError if the disk refuses (no such directory, no permission, full).
     """
     path = Path(path)
     with _refusals(path):

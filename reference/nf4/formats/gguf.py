@@ -39,8 +39,9 @@ NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 ROPE_FREQUENCIES = "rope_freqs.weight"  # how llama.cpp stores the "llama3" RoPE scaling
 
 # The tensors that need no arithmetic to be read; all others come as float32.
-PLAIN = {
-    GGMLQuantizationType.F32: np.dtype(np.float32),
+F32: np.dtype[Any] = np.dtype(np.float32)
+PLAIN: dict[GGMLQuantizationType, np.dtype[Any]] = {
+    GGMLQuantizationType.F32: F32,
     GGMLQuantizationType.F16: np.dtype(np.float16),
     GGMLQuantizationType.BF16: np.dtype(ml_dtypes.bfloat16),
 }
@@ -158,7 +159,8 @@ class _Header:
             end, before = start + tensor.nbytes, f"tensor {name!r}"
             if end > self._size:
                 raise InputError(
-                    f"{self._path}: tensor {name!r} ends at byte {end}, but the file has {self._size}; it is truncated"
+                    f"{self._path}: tensor {name!r} ends at byte {end}, but the file has {self._size}; "
+                    "it is truncated"
                 )
             found[name] = tensor._replace(start=start)
         return found
@@ -167,8 +169,8 @@ class _Header:
 class GgufCheckpoint:
     """A GGUF file of the llama, qwen2 or qwen3 architecture as a Checkpoint (NF4-8.9).
 
-    F32, F16 and BF16 tensors are read as they are, quantized ones as float32. Raises InputError on broken files, other
-    architectures, and what config.json can't express.
+    F32, F16 and BF16 tensors are read as they are, quantized ones as float32. Raises InputError on broken
+    files, other architectures, and what config.json can't express.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -188,10 +190,11 @@ class GgufCheckpoint:
                 tensors = header.tensors(tensor_count, self.metadata)
         except OSError as error:
             raise InputError(f"{self.path}: can't be read ({error.strerror})") from None
-        self._arch = self.metadata.get("general.architecture")
+        self._arch = str(self.metadata.get("general.architecture"))
         if self.metadata.get("general.type", "model") != "model" or self._arch not in ARCHITECTURES:
             raise InputError(
-                f"{self.path}: a {self.metadata.get('general.type', 'model')} of architecture {self._arch!r}; only "
+                f"{self.path}: a {self.metadata.get('general.type', 'model')} of architecture "
+                f"{self._arch!r}; only "
                 f"models of {', '.join(ARCHITECTURES)} can be read"
             )
         frequencies = tensors.pop(ROPE_FREQUENCIES, None)
@@ -215,7 +218,7 @@ class GgufCheckpoint:
         return value
 
     def _number(self, key: str, default: float | None = None) -> float:
-        """A float32 of the metadata as the shortest decimal that gives it, which is what was in config.json."""
+        """A float32 of the metadata as the shortest decimal that gives it, as it was in config.json."""
         return float(str(np.float32(self._get(key, (int, float), default))))
 
     def _config(self, frequencies: GgufTensor | None) -> dict[str, Any]:
@@ -274,7 +277,7 @@ class GgufCheckpoint:
         )
 
     def _llama3(self, tensor: GgufTensor, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters of "llama3" scaling, which the file only holds as what they make of each frequency."""
+        """The parameters of "llama3" scaling; the file only holds what they make of each frequency."""
         stored = self._values(tensor).reshape(-1).astype(np.float64)
         factor, low, high, original = float(stored.max(initial=1.0)), 1.0, 4.0, 8192  # those of every Llama 3
         theta, dim = config["rope_theta"], config["head_dim"]
@@ -283,7 +286,8 @@ class GgufCheckpoint:
         made = 1 / ((1 - smooth) / factor + smooth)
         if stored.shape != made.shape or not np.allclose(stored, made, rtol=1e-4, atol=0):
             raise InputError(
-                f"{self.path}: {ROPE_FREQUENCIES} isn't the RoPE scaling of Llama 3; use the Hugging Face directory"
+                f"{self.path}: {ROPE_FREQUENCIES} isn't the RoPE scaling of Llama 3; use the Hugging "
+                "Face directory"
             )
         return {
             "rope_type": "llama3",
@@ -313,7 +317,7 @@ class GgufCheckpoint:
 
     def value_dtype(self, name: str) -> np.dtype[Any]:
         """The dtype of the values: float32 for every quantized type."""
-        return PLAIN.get(self._tensor(name).kind, np.dtype(np.float32))
+        return PLAIN.get(self._tensor(name).kind, F32)
 
     def read(self, name: str) -> NDArray[Any]:
         """Read one parameter; the rows of q and k in the order Hugging Face keeps them."""

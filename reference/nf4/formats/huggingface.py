@@ -19,7 +19,7 @@ SINGLE = "model.safetensors"
 
 
 class HuggingFaceCheckpoint:
-    """A Hugging Face directory as a Checkpoint; bitsandbytes 4-bit weights are read as QuantizedTensors (NF4-8.1).
+    """A Hugging Face directory as a Checkpoint; 4-bit weights are read as QuantizedTensors (NF4-8.1).
 
     Raises InputError on missing shards, an index that disagrees with them, and other quantization methods.
     """
@@ -45,7 +45,8 @@ class HuggingFaceCheckpoint:
         method = config.get("quant_method", "bitsandbytes") if isinstance(config, dict) else config
         if method != "bitsandbytes" or not config.get("load_in_4bit", False):
             raise InputError(
-                f"{where}: quantization {method!r} can't be read unless it is bitsandbytes with load_in_4bit; "
+                f"{where}: quantization {method!r} can't be read unless it is bitsandbytes with "
+                "load_in_4bit; "
                 "start from the unquantized model"
             )
 
@@ -56,7 +57,8 @@ class HuggingFaceCheckpoint:
             single = self.path / SINGLE
             if not single.exists():
                 raise InputError(
-                    f"{self.path}: there is neither {SINGLE} nor {INDEX}; convert other weights to safetensors first"
+                    f"{self.path}: there is neither {SINGLE} nor {INDEX}; convert other weights to "
+                    "safetensors first"
                 )
             file = SafetensorsFile(single)
             return dict.fromkeys(file.entries, file)

@@ -36,10 +36,11 @@ def write_merged(
 ) -> None:
     """Write the model with its adapters merged, as plain safetensors, tensor by tensor (NF4-8.8).
 
-    onto: "original" adds to the weights as they are in src; "dequantized" to what they decode to after quantization,
-    which is what the adapters were trained on: src is 4-bit, or is quantized here by `options`. Every weight is
-    W + scale B A in float32, rounded once to the dtype it has in src. Raises InputError if src is 4-bit and onto is
-    "original", if an adapter fits no weight, and for an output that exists.
+    onto: "original" adds to the weights as they are in src; "dequantized" to what they decode to after
+    quantization, which is what the adapters were trained on: src is 4-bit, or is quantized here by
+    `options`. Every weight is W + scale B A in float32, rounded once to the dtype it has in src. Raises
+    InputError if src is 4-bit and onto is "original", if an adapter fits no weight, and for an output that
+    exists.
     """
     names = parameter_names(src)
     for module in adapters:
@@ -56,7 +57,8 @@ def write_merged(
         if isinstance(value, QuantizedTensor):
             if onto == "original":
                 raise InputError(
-                    f"{src.path}: tensor {name!r} is 4-bit; give the original model, or merge onto the dequantized one"
+                    f"{src.path}: tensor {name!r} is 4-bit; give the original model, or merge onto the "
+                    "dequantized one"
                 )
         elif onto == "dequantized" and LINEAR_WEIGHT.fullmatch(name):
             value = quantize_weight(src, name, value, options or QuantizeOptions())
@@ -68,7 +70,7 @@ def write_merged(
 
 
 def merge_weight(weight: NDArray[Any] | QuantizedTensor, lora: LoRA | None) -> NDArray[Any]:
-    """W + scale B A [out, in], computed in float32, rounded once to W's dtype (of a 4-bit W, its source's) (NF4-8.8)."""
+    """W + scale B A in float32, rounded once to the dtype W has or was quantized from (NF4-8.8)."""
     if lora is None:
         return dequantize(weight) if isinstance(weight, QuantizedTensor) else weight
     dtype = weight.dtype

@@ -68,8 +68,9 @@ def save_adapter(
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json, each atomically, for PEFT to load (NF4-8.7).
 
-    directory: made if it doesn't exist; the two files in it are replaced. base: the name or path of the base model;
-    rslora: whether the scale is alpha / sqrt(r). Raises InputError if there are no adapters or the disk refuses.
+    directory: made if it doesn't exist; the two files in it are replaced. base: the name or path of the
+    base model; rslora: whether the scale is alpha / sqrt(r). Raises InputError if there are no adapters or
+    the disk refuses.
     """
     if not adapters:
         raise InputError(f"{directory}: there is no adapter to save")
@@ -131,8 +132,8 @@ def _targets(names: Iterable[str]) -> list[str]:
 def load_adapter(directory: str | Path, config: LlamaConfig) -> dict[str, LoRA]:
     """Read a PEFT LoRA adapter for a model: {"model.layers.0.self_attn.q_proj": LoRA, ...} (NF4-8.7).
 
-    Raises InputError, naming the file and the tensor or the option, when it isn't plain LoRA, has no tensors, lacks
-    some of those its target_modules promise, or has the shapes of another model.
+    Raises InputError, naming the file and the tensor or the option, when it isn't plain LoRA, has no
+    tensors, lacks some of those its target_modules promise, or has the shapes of another model.
     """
     directory = Path(directory)
     where = directory / CONFIG
@@ -191,7 +192,8 @@ def _check_modules(
     missing = sorted(promised - found.keys())
     if missing:
         raise InputError(
-            f"{weights}: target_modules in {where.name} promises {len(missing)} modules it has no tensors for, such as "
+            f"{weights}: target_modules in {where.name} promises {len(missing)} modules it has no "
+            "tensors for, such as "
             f"{missing[0]!r}; it is incomplete or for another model"
         )
 
@@ -275,7 +277,8 @@ def _factor(file: SafetensorsFile, key: str, shape: tuple[int, int]) -> NDArray[
     entry = file.entry(key)
     if entry.shape != shape:
         raise InputError(
-            f"{file.path}: tensor {key!r} has shape {list(entry.shape)}, and this model and r need {list(shape)}; "
+            f"{file.path}: tensor {key!r} has shape {list(entry.shape)}, and this model and r need "
+            f"{list(shape)}; "
             "the adapter is for another model"
         )
     if entry.dtype not in ("F32", "F16", "BF16"):

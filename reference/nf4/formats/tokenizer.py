@@ -28,7 +28,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # GGUF's token types
 class Tokenizer:
     """A tokenizer, its end-of-sequence ids and its chat template.
 
-    special: the texts of bos_token, eos_token and so on, which chat templates use; where: the file, for errors.
+    special: the texts of bos_token, eos_token and so on, which chat templates use; where: the file, for
+    errors.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text; add_special_tokens: with what the tokenizer puts around one, such as a BOS.
+        """The token ids of a text, if add_special_tokens with what the tokenizer puts around one, such as a BOS.
 
         Text rendered by chat() has them already. Raises InputError if the text isn't valid Unicode.
         """
@@ -148,8 +149,8 @@ def _build(make: Callable[[], tokenizers.Tokenizer], where: str) -> tokenizers.T
 def load_tokenizer(directory: Path, model_config: Mapping[str, Any]) -> Tokenizer:
     """Load the tokenizer of a Hugging Face directory.
 
-    The ids that end a text come from generation_config.json, config.json and tokenizer_config.json. Raises InputError
-    if there is no tokenizer.json, or it has ids beyond the model's vocabulary.
+    The ids that end a text come from generation_config.json, config.json and tokenizer_config.json. Raises
+    InputError if there is no tokenizer.json, or it has ids beyond the model's vocabulary.
     """
     path = directory / "tokenizer.json"
     if not path.exists():
@@ -202,7 +203,7 @@ def _template(directory: Path, options: Mapping[str, Any]) -> str | None:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], model_vocab: int, where: str) -> Tokenizer:
-    """Build the tokenizer that a GGUF file's metadata describes: byte-level BPE (gpt2) or SentencePiece BPE (llama).
+    """Build the tokenizer of a GGUF file's metadata: byte-level BPE (gpt2) or SentencePiece BPE (llama).
 
     Raises InputError on other kinds, and on ids beyond the model's vocabulary.
     """
@@ -260,7 +261,8 @@ def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], where: str) 
     pre = metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise InputError(
-            f"{where}: pre-tokenizer {pre!r} isn't one of {', '.join(PRE_TOKENIZERS)}; use the Hugging Face directory"
+            f"{where}: pre-tokenizer {pre!r} isn't one of {', '.join(PRE_TOKENIZERS)}; use the Hugging "
+            "Face directory"
         )
     merges = []
     for merge in metadata.get("tokenizer.ggml.merges", []):

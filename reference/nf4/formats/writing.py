@@ -66,5 +66,5 @@ def model_dtype(src: Checkpoint) -> str:
 
 
 def dtype_key(config: Mapping[str, Any]) -> str:
-    """Where config.json keeps the dtype: transformers 5 writes `dtype`, and reads the older `torch_dtype` too."""
+    """Where config.json keeps the dtype: transformers 5 writes `dtype`, and reads `torch_dtype` too."""
     return "dtype" if "dtype" in config else "torch_dtype"
