@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_dtypes
-import nf4
 import numpy as np
+
+import nf4
 from nf4.bench import machine
 
 SHAPE = (4096, 4096)
@@ -72,6 +73,7 @@ def measure(sides: Mapping[str, Contenders], rounds: int) -> dict[str, dict[str,
     for turn in range(rounds + 1):
         for operation in operations:
             for name in names if turn % 2 else reversed(names):
+                time.sleep(0.02)  # the other side's idle threads stop spinning
                 started = time.perf_counter()
                 result = sides[name][operation]()
                 elapsed = time.perf_counter() - started

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from nf4.errors import InputError
 from nf4.parallel import worker_threads
 

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import numpy as np
+
 from nf4.bench import codec
 from nf4.bench.machine import peak_bytes
 

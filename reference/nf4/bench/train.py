@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4.bench import machine
+from nf4.parallel import worker_threads
 
 BATCH, TOKENS, RANK = 4, 256, 8
 PEER_PACKAGES = ("torch", "bitsandbytes", "transformers", "peft", "accelerate")
@@ -121,28 +122,10 @@ def ratios(results: dict[str, dict[str, Any]], against: str) -> dict[str, float]
 def write_random_model(directory: Path, config: dict[str, Any]) -> None:
     """Write a Llama checkpoint of N(0, 0.02) weights in float32, one tensor in memory at a time."""
     from nf4.formats.files import SafetensorsWriter, TensorSpec, write_json
+    from nf4.model.config import LlamaConfig
+    from nf4.model.llama import parameter_shapes
 
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    q = config["num_attention_heads"] * config["head_dim"]
-    kv = config["num_key_value_heads"] * config["head_dim"]
-    layer = {
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config["vocab_size"], hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for i in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-
+    shapes = parameter_shapes(LlamaConfig.from_dict(config, "the random model"))
     directory.mkdir()
     write_json(directory / "config.json", config)
     generator = np.random.default_rng(0)
@@ -161,7 +144,46 @@ def our_steps(
     model_dir: str, ids: NDArray[np.int64], rank: int, checkpointing: bool, steps: int
 ) -> dict[str, Any]:
     """Run training steps of this project on token ids [batch, tokens]; the counterpart of peers.train."""
-    raise NotImplementedError
+    from nf4.formats.checkpoint import QuantizeOptions, load_model
+    from nf4.formats.peft import linear_shapes
+    from nf4.lora import init_lora
+    from nf4.model.llama import Llama
+    from nf4.train.adamw import AdamW, clip_grad_norm
+    from nf4.train.data import IGNORE, Example
+    from nf4.train.step import train_step
+
+    base = load_model(model_dir, quantize=QuantizeOptions())
+    adapters = {
+        name: init_lora(name, inputs, outputs, rank, alpha=2 * rank, dropout=0.0, seed=0)
+        for name, (outputs, inputs) in linear_shapes(base.config).items()
+    }
+    model = Llama(base.config, base.params, adapters)
+    optimizer = AdamW(model.trainable("lora"))
+    tokens = ids.astype(np.int32)
+    # As transformers shifts its labels: the last position predicts nothing.
+    examples = [Example(row, np.append(row[1:], np.int32(IGNORE))) for row in tokens]
+
+    losses, seconds = [], []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        result = train_step(
+            model,
+            [(examples, range(len(examples)))],
+            train="lora",
+            checkpointing=checkpointing,
+            seed=0,
+            threads=worker_threads(),
+        )
+        clip_grad_norm(result.grads, 1.0)
+        optimizer.step(result.grads, 1e-4)
+        seconds.append(time.perf_counter() - started)
+        losses.append(result.loss)
+    return {
+        "loss": losses[0],
+        "trainable": sum(array.size for array in optimizer.params.values()),
+        "seconds": seconds[1:],
+        "peak_bytes": machine.peak_bytes(),
+    }
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from nf4.cli.output import json_option, print_json, size
+from nf4.cli.output import print_json, size
 from nf4.errors import InputError
 
 PEERS = {"codec": "bitsandbytes", "train": "peft"}
@@ -19,8 +19,12 @@ PEERS = {"codec": "bitsandbytes", "train": "peft"}
 @click.option("--against", type=click.Choice(list(PEERS.values())), help="Measure this peer in the same run.")
 @click.option("--rounds", type=click.IntRange(1), help="Rounds after warm-up.  [default: codec 9, train 2]")
 @click.option("--model", type=click.Path(path_type=Path), help="Train on this model, not on random weights.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - prints it.")
-def command(what: str, against: str | None, rounds: int | None, model: Path | None, json_path: Path | None) -> None:
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - prints it."
+)
+def command(
+    what: str, against: str | None, rounds: int | None, model: Path | None, json_path: Path | None
+) -> None:
     """Measure quantize and dequantize (codec), or one QLoRA training step (train).
 
     codec: float32 4096 x 4096 in blocks of 64, plain and double-quantized. train: a model of SmolLM2-135M's
@@ -55,11 +59,15 @@ def show(report: dict[str, Any]) -> None:
     """Print the report as a table, under the machine it was measured on."""
     on = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    click.echo(f"{on['cpu']}, {on['cores']} cores, {size(on['ram_bytes'])} RAM, {on['system']}; {report['date']}")
+    click.echo(
+        f"{on['cpu']}, {on['cores']} cores, {size(on['ram_bytes'])} RAM, {on['system']}; {report['date']}"
+    )
     click.echo(versions)
     codec = report["benchmark"] == "codec"
     table = Table(show_edge=False)
-    for column in ["operation", "nf4", report["against"], "ratio"] if codec else ["side", "tokens/s", "peak", "loss"]:
+    for column in (
+        ["operation", "nf4", report["against"], "ratio"] if codec else ["side", "tokens/s", "peak", "loss"]
+    ):
         if column is not None:
             table.add_column(column, justify="left" if column in {"operation", "side"} else "right")
     for row in report["results"]:

@@ -14,7 +14,9 @@ from nf4.formats.checkpoint import open_checkpoint
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), help="Of every weight.  [default: the one each was quantized from]"
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    help="Of every weight.  [default: the one each was quantized from]",
 )
 @json_option
 def command(src: Path, dst: Path, dtype: str | None, as_json: bool) -> None:
@@ -25,6 +27,8 @@ def command(src: Path, dst: Path, dtype: str | None, as_json: bool) -> None:
     names = written.names()
     nbytes = sum(file.stat().st_size for file in dst.glob("*.safetensors"))
     if as_json:
-        print_json({"source": str(src), "output": str(dst), "dtype": dtype, "tensors": len(names), "bytes": nbytes})
+        print_json(
+            {"source": str(src), "output": str(dst), "dtype": dtype, "tensors": len(names), "bytes": nbytes}
+        )
         return
     click.echo(f"{dst}: {len(names)} tensors, {size(nbytes)}")

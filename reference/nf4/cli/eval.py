@@ -17,7 +17,11 @@ from nf4.train.step import evaluate
 @click.command("eval")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
-@click.option("--seq-len", type=click.IntRange(1), help="Tokens a window.  [default: the model's positions, at most 512]")
+@click.option(
+    "--seq-len",
+    type=click.IntRange(1),
+    help="Tokens a window.  [default: the model's positions, at most 512]",
+)
 @click.option("--loss-on", type=click.Choice(LOSS_ON), default="completion", show_default=True)
 @weight_options
 @json_option
@@ -68,5 +72,6 @@ def command(
     bits = f"{answer['bits_per_byte']:.5f} bits per byte" if size else "no text"
     click.echo(
         f"{loss:.5f} nats per token, perplexity {answer['perplexity']:.4f}, {bits} "
-        f"({len(learned):,} tokens, {size:,} bytes, windows of {length}; weights {opened.weights}; {seconds:.1f} s)"
+        f"({len(learned):,} tokens, {size:,} bytes, windows of {length}; "
+        f"weights {opened.weights}; {seconds:.1f} s)"
     )

@@ -18,7 +18,9 @@ from nf4.model.generate import generate
 @click.argument("model", type=click.Path(path_type=Path), required=False)
 @click.option("--prompt", required=True, help="The text to continue.")
 @click.option("--max-tokens", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0.0), default=0.0, show_default=True, help="0: the likeliest.")
+@click.option(
+    "--temperature", type=click.FloatRange(0.0), default=0.0, show_default=True, help="0: the likeliest."
+)
 @click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0: all tokens.")
 @click.option("--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -42,12 +44,13 @@ def command(
     opened = open_model(model or bundled.MODEL, adapter, codebook, block_size, double_quant)
     ids = opened.tokenizer.encode(prompt)
     if not ids:
-        raise InputError("--prompt is empty, and this model's tokenizer begins no text by itself; give some text")
-    room = opened.model.config.max_position_embeddings - len(ids)
-    if room < 1:
         raise InputError(
-            f"--prompt has {len(ids)} tokens, but the model has {opened.model.config.max_position_embeddings} positions"
+            "--prompt is empty, and this model's tokenizer begins no text by itself; give some text"
         )
+    positions = opened.model.config.max_position_embeddings
+    room = positions - len(ids)
+    if room < 1:
+        raise InputError(f"--prompt has {len(ids)} tokens, but the model has {positions} positions")
     tokens: list[int] = []
     started = time.perf_counter()
 
@@ -87,11 +90,11 @@ def command(
         return
     click.echo()
     if len(tokens) == room < max_tokens:
-        click.echo(f"stopped: the model has no more than {len(ids) + room} positions", err=True)
+        click.echo(f"stopped: the model has no more than {positions} positions", err=True)
 
 
 def pieces(tokens: Iterator[int], prompt: list[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Yield the text that tokens add after the prompt, holding back the first bytes of an unfinished character."""
+    """Yield the text that tokens add to the prompt; the first bytes of an unfinished character wait."""
     ids = prompt[-8:]  # enough before the first token for the decoder to know what precedes it
     shown = tokenizer.decode(ids)
     for token in tokens:

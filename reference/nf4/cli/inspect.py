@@ -1,4 +1,4 @@
-"""`nf4 inspect`: what a model, an adapter or a safetensors file holds, tensor by tensor, with exact totals."""
+"""`nf4 inspect`: what a model, an adapter or a safetensors file holds, tensor by tensor and in all."""
 
 import math
 from pathlib import Path
@@ -36,7 +36,7 @@ def command(path: Path, as_json: bool) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return kind, facts, tensors and totals of `path`. Raises InputError if it is none of the formats read."""
+    """Return kind, facts, tensors and totals of `path`. Raises InputError on any other format."""
     facts: dict[str, Any] = {}
     if (path / ADAPTER_CONFIG).exists():
         kind = "PEFT adapter"
@@ -54,7 +54,9 @@ def describe(path: Path) -> dict[str, Any]:
         for name in source.names():
             dtype, shape = source.dtype(name), source.shape(name)
             value = source.read(name) if kind == "Hugging Face model" and dtype not in DTYPES else None
-            rows.append(quantized_row(name, value) if isinstance(value, QuantizedTensor) else row(name, dtype, shape))
+            rows.append(
+                quantized_row(name, value) if isinstance(value, QuantizedTensor) else row(name, dtype, shape)
+            )
     return {"path": str(path), "kind": kind, **facts, "tensors": rows, "total": total(rows)}
 
 
@@ -63,7 +65,10 @@ def safetensors_rows(file: SafetensorsFile) -> list[dict[str, Any]]:
     groups = group_names(file.entries, str(file.path))
     parts = {part for names in groups.values() for part in names}
     rows = [row(name, entry.dtype, entry.shape) for name, entry in file.entries.items() if name not in parts]
-    rows += [quantized_row(name, StoredWeight(name, dict.fromkeys(keys, file)).read()) for name, keys in groups.items()]
+    rows += [
+        quantized_row(name, StoredWeight(name, dict.fromkeys(keys, file)).read())
+        for name, keys in groups.items()
+    ]
     return sorted(rows, key=lambda item: str(item["name"]))
 
 
@@ -149,6 +154,6 @@ def show(answer: dict[str, Any]) -> None:
     part = sums["quantized"]
     if part["tensors"]:
         click.echo(
-            f"of them in 4 bits: {part['tensors']} tensors, {part['parameters']:,} parameters, {part['bytes']:,} bytes, "
-            f"{part['bits_per_weight']:.3f} bits per weight"
+            f"of them in 4 bits: {part['tensors']} tensors, {part['parameters']:,} parameters, "
+            f"{part['bytes']:,} bytes, {part['bits_per_weight']:.3f} bits per weight"
         )

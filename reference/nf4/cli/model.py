@@ -3,17 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from nf4.codebooks import CODEBOOKS
 from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
 from nf4.formats.peft import load_adapter
-
-if TYPE_CHECKING:  # loading a tokenizer is left to open_checkpoint
-    from nf4.formats.tokenizer import Tokenizer
-    from nf4.model.llama import Llama
+from nf4.formats.tokenizer import Tokenizer
+from nf4.model.llama import Llama
 
 AS_STORED = "none"
 
@@ -22,8 +20,8 @@ AS_STORED = "none"
 class Opened:
     """A model ready to run, its tokenizer, and in a few words what its weights are."""
 
-    model: "Llama"
-    tokenizer: "Tokenizer"
+    model: Llama
+    tokenizer: Tokenizer
     weights: str
 
 
@@ -31,7 +29,9 @@ def weight_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --adapter, --codebook, --block-size and --double-quant to a command."""
     for option in (
         click.option("--double-quant/--no-double-quant", default=True, show_default=True),
-        click.option("--block-size", type=int, default=64, show_default=True, help="Elements a scale: 32 to 4096."),
+        click.option(
+            "--block-size", type=int, default=64, show_default=True, help="Elements a scale: 32 to 4096."
+        ),
         click.option(
             "--codebook",
             type=click.Choice([*CODEBOOKS, AS_STORED]),
@@ -62,5 +62,5 @@ def open_model(
         weights = "as stored (4-bit)"
     model = load_model(source, quantize=options)
     if adapter is not None:
-        model.adapters = load_adapter(adapter, model.config)
+        model = Llama(model.config, model.params, load_adapter(adapter, model.config))
     return Opened(model, tokenizer, weights)

@@ -13,7 +13,7 @@ from nf4.formats.bitsandbytes import write_quantized
 from nf4.formats.checkpoint import Checkpoint, QuantizeOptions, open_checkpoint
 from nf4.tensor import QuantizedTensor, dequantize
 
-_CHUNK = 1 << 20  # elements: the differences of a large weight are never all in memory
+_CHUNK = 1 << 16  # elements: the differences of a large weight are never all in memory
 
 
 @click.command("quantize")
@@ -21,7 +21,9 @@ _CHUNK = 1 << 20  # elements: the differences of a large weight are never all in
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option("--block-size", type=int, default=64, show_default=True, help="Elements a scale: 32 to 4096.")
 @click.option("--codebook", type=click.Choice(list(CODEBOOKS)), default="nf4", show_default=True)
-@click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the scales too.")
+@click.option(
+    "--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the scales too."
+)
 @json_option
 def command(src: Path, dst: Path, block_size: int, codebook: str, double_quant: bool, as_json: bool) -> None:
     """Quantize the linear layers of SRC into the new directory DST, which transformers loads.
@@ -47,8 +49,9 @@ def command(src: Path, dst: Path, block_size: int, codebook: str, double_quant: 
         print_json(answer)
         return
     click.echo(
-        f"{dst}: {error['tensors']} tensors, {error['weights']:,} weights in {error['bits_per_weight']:.3f} bits each "
-        f"({size(error['bytes'])}); relative RMS error {error['relative_rms_error']:.3%}"
+        f"{dst}: {error['tensors']} tensors, {error['weights']:,} weights in "
+        f"{error['bits_per_weight']:.3f} bits each ({size(error['bytes'])}); "
+        f"relative RMS error {error['relative_rms_error']:.3%}"
     )
 
 
@@ -58,31 +61,40 @@ def measure(source: Checkpoint, written: Checkpoint, progress: TensorProgress) -
     Returns the number of tensors and weights, their bytes and bits per weight, and the relative RMS error,
     sqrt(sum (x - x')^2 / sum x^2) over all of them, with x' in the dtype that the weight has when it is used.
     """
-    names = written.names()
-    tensors = weights = nbytes = 0
+    names = [name for name in written.names() if written.dtype(name) in CODEBOOKS]
+    weights = nbytes = 0
     error = power = 0.0
     for i, name in enumerate(names):
         progress(name, i, len(names))
-        if written.dtype(name) not in CODEBOOKS:
-            continue
-        q = written.read(name)
-        x = source.read(name)
-        # A source that is 4-bit already is copied, not quantized again: it has no error of ours.
-        if not isinstance(q, QuantizedTensor) or isinstance(x, QuantizedTensor):
-            continue
-        tensors, weights, nbytes = tensors + 1, weights + q.size, nbytes + q.nbytes
-        decoded = dequantize(q).reshape(-1)
-        flat = x.reshape(-1)
-        for start in range(0, q.size, _CHUNK):
-            original = flat[start : start + _CHUNK].astype(np.float64)
-            power += float(original @ original)
-            original -= decoded[start : start + _CHUNK]
-            error += float(original @ original)
-    progress(names[-1], len(names), len(names))
+        # No array lives on into the next tensor: what is in memory is one weight, twice.
+        found = _tensor_error(source, written, name)
+        weights, nbytes = weights + found[0], nbytes + found[1]
+        error, power = error + found[2], power + found[3]
+    if names:
+        progress(names[-1], len(names), len(names))
     return {
-        "tensors": tensors,
+        "tensors": len(names),
         "weights": weights,
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / weights if weights else 0.0,
         "relative_rms_error": math.sqrt(error / power) if power else 0.0,
     }
+
+
+def _tensor_error(source: Checkpoint, written: Checkpoint, name: str) -> tuple[int, int, float, float]:
+    """Return a weight's size, its bytes in 4 bits, and the sums of squares of its error and of itself."""
+    q = written.read(name)
+    assert isinstance(q, QuantizedTensor)
+    size, nbytes = q.size, q.nbytes
+    decoded = dequantize(q).reshape(-1)
+    del q
+    x = source.read(name)
+    assert not isinstance(x, QuantizedTensor)  # write_quantized refuses a source that is 4-bit already
+    flat = x.reshape(-1)
+    error = power = 0.0
+    for start in range(0, size, _CHUNK):
+        original = flat[start : start + _CHUNK].astype(np.float64)
+        power += float(original @ original)
+        original -= decoded[start : start + _CHUNK]
+        error += float(original @ original)
+    return size, nbytes, error, power
