@@ -55,7 +55,7 @@ class Tokenizer:
         return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of a text, if add_special_tokens with what the tokenizer puts around one, such as a BOS.
+        """The token ids of a text; add_special_tokens: with the BOS and such that the model wants.
 
         Text rendered by chat() has them already. Raises InputError if the text isn't valid Unicode.
         """
