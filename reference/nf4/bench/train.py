@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4.bench import machine
+from nf4.errors import InputError
 from nf4.parallel import worker_threads
 
 BATCH, TOKENS, RANK = 4, 256, 8
@@ -61,6 +62,9 @@ def run(model: Path | None, rounds: int, against: str | None) -> dict[str, Any]:
 
             write_dequantized(open_checkpoint(model), directory, np.dtype(np.float32))
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        positions = config["max_position_embeddings"]
+        if positions < TOKENS:
+            raise InputError(f"{model}: has {positions} positions, but the step measured takes {TOKENS}")
         ids = np.random.default_rng(1).integers(0, config["vocab_size"], (BATCH, TOKENS))
         ids_file = str(Path(name) / "ids.npy")
         np.save(ids_file, ids)

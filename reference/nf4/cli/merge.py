@@ -70,6 +70,7 @@ def command(
     trained = prompt_logits(Llama(base.config, base.params, adapters), tokenizer)
     del base  # the two models are never in memory together
     merged = prompt_logits(load_model(out, quantize=None), tokenizer)
+    found = drift(trained, merged)
     answer = {
         "model": str(model),
         "adapter": str(adapter),
@@ -77,12 +78,11 @@ def command(
         "onto": onto,
         "trained_on": {"codebook": codebook, "block_size": block_size, "double_quant": double_quant},
         "prompts": list(PROMPTS),
-        "drift": drift(trained, merged),
+        "drift": found,
     }
     if as_json:
         print_json(answer)
         return
-    found = answer["drift"]
     click.echo(
         f"{out}: merged onto the {onto} weights\n"
         f"drift of the logits against base + adapter on {codebook} weights, "

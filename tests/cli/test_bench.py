@@ -1,0 +1,132 @@
+"""`nf4 bench`: what it reports, on a small scale; the figures themselves are for a quiet machine."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nf4.bench import codec, machine, train
+from nf4.errors import InputError
+
+Run = Callable[..., str]
+RunJson = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything a thousand times smaller."""
+    monkeypatch.setattr(codec, "SHAPE", (64, 256))
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 8,
+    }
+    monkeypatch.setattr(
+        train, "CONFIG", train.CONFIG | sizes | {"num_attention_heads": 4, "num_key_value_heads": 2}
+    )
+
+
+def check_report(report: dict[str, Any], benchmark: str) -> None:
+    assert report["benchmark"] == benchmark
+    assert report["date"].startswith("20")
+    assert report["machine"].keys() == {"cpu", "cores", "threads_allowed", "ram_bytes", "system"}
+    assert report["machine"]["ram_bytes"] > 1e8
+    assert {"python", "numpy", "nf4"} <= report["versions"].keys()
+    assert report["against"] is None
+
+
+@pytest.mark.usefixtures("small")
+def test_codec_alone(run: Run, tmp_path: Path) -> None:
+    words = run("bench", "--rounds", 2, "--json", tmp_path / "report.json")
+    assert "quantize float32, double" in words
+    report = json.loads((tmp_path / "report.json").read_text())
+    check_report(report, "codec")
+    assert len(report["results"]) == 6
+    for row in report["results"]:
+        figures = row["nf4"]
+        assert figures["elements_per_second"] == pytest.approx(64 * 256 / figures["seconds"])
+        assert "speed_ratio" not in row
+
+
+@pytest.mark.usefixtures("small")
+def test_train_alone(run: Run) -> None:
+    report = json.loads(run("bench", "train", "--rounds", 1, "--json", "-"))
+    check_report(report, "train")
+    plain, checkpointed = report["results"]
+    assert (plain["side"], checkpointed["side"]) == ("nf4", "nf4, checkpointing")
+    assert plain["loss"] == pytest.approx(checkpointed["loss"], rel=1e-6)
+    assert 5 < plain["loss"] < 6.5  # ln 300 = 5.7
+    for row in report["results"]:
+        assert row["tokens_per_second"] == pytest.approx(1024 / row["seconds"])
+        assert 2e7 < row["peak_bytes"] < 1e9
+        assert row["trainable"] == 2 * 8 * (4 * 32 + 2 * 32 + 2 * 16 + 3 * (32 + 64))
+
+
+def test_train_on_a_model_of_ones_own(
+    tmp_path: Path, tiny_model: Callable[..., Path], model: Path, run: Run
+) -> None:
+    own = tiny_model(tmp_path / "own", max_position_embeddings=256)
+    run("quantize", own, tmp_path / "four")
+    report = json.loads(run("bench", "train", "--model", tmp_path / "four", "--rounds", 1, "--json", "-"))
+    assert report["model"] == str(tmp_path / "four")
+    assert 4 < report["results"][0]["loss"] < 7
+    assert "128 positions" in run("bench", "train", "--model", model, exit_code=2)
+
+
+def test_rounds_alternate_and_the_first_is_not_counted() -> None:
+    calls: list[str] = []
+    sides = {name: {"op": lambda name=name: calls.append(name)} for name in ("nf4", "peer")}
+    times = codec.measure(sides, 3)
+    assert {name: len(found) for name, found in times["op"].items()} == {"nf4": 3, "peer": 3}
+    assert calls[0:4] in (["nf4", "peer", "peer", "nf4"], ["peer", "nf4", "nf4", "peer"])
+
+
+def test_summary_is_the_ratio_of_the_medians() -> None:
+    row = codec.summary("op", {"nf4": [1.0, 2.0, 9.0], "peer": [8.0, 4.0, 5.0]})
+    assert row["speed_ratio"] == 2.5
+    assert row["nf4"]["seconds"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["codec", "--against", "peft"], "runs against bitsandbytes"),
+        (["train", "--against", "bitsandbytes"], "runs against peft"),
+        (["--model", "x"], "nf4 bench train"),
+        (["train", "--model", "nowhere"], "no such model"),
+        (["--rounds", "0"], "0"),
+        (["gemm"], "gemm"),
+    ],
+)
+def test_refusals(run: Run, arguments: list[str], message: str) -> None:
+    assert message in run("bench", *arguments, exit_code=2)
+
+
+def test_a_missing_peer_is_named_with_the_way_to_install_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    words = run("bench", "--against", "bitsandbytes", "--json", tmp_path / "report.json", exit_code=2)
+    assert "needs torch, bitsandbytes" in words
+    assert "pip install 'nf4[interop]'" in words
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_measuring_process_that_fails_says_why() -> None:
+    with pytest.raises(InputError, match=r"ids\.npy"):
+        machine.run_module("nf4.bench.train", ["/nowhere", "ids.npy", "--rank", "8", "--steps", "1"])
+
+
+def test_a_childs_peak_memory_is_not_its_parents() -> None:
+    ours = np.ones(40_000_000)
+    program = "from nf4.bench.machine import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert machine.peak_bytes() > ours.nbytes
+    assert 5e6 < int(done.stdout) < ours.nbytes
