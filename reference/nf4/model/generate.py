@@ -26,7 +26,7 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to max_new_tokens token ids that continue ids; a stop id ends it and isn't yielded.
 
-    temperature 0 takes the likeliest token. top_k 0 and top_p 1 leave the distribution whole. Draw number i is the
+    temperature 0 takes the likeliest token. top_k 0 and top_p 1 leave the distribution whole. Draw i is the
     uniform of (seed, stream "generate", sample i) (NF4-11.3), so a seed gives the same text again.
     Raises InputError for an empty prompt and for options outside their ranges.
     """

@@ -122,8 +122,8 @@ class Llama:
     """A causal language model of the Llama family with parameters named as in Hugging Face checkpoints.
 
     adapters: LoRA by module name, such as "model.layers.0.self_attn.q_proj". Computes in float32, or in
-    float64 when the embedding is float64. Raises InputError naming a tensor that is missing, unknown or of the
-    wrong shape.
+    float64 when the embedding is float64. Raises InputError naming a tensor that is missing, unknown or
+    of the wrong shape.
     """
 
     def __init__(

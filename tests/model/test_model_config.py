@@ -1,0 +1,68 @@
+"""What config.json may say, and what is refused."""
+
+from typing import Any
+
+import pytest
+from central import tiny_config
+from nf4.errors import InputError
+from nf4.model.config import RopeConfig
+
+
+def test_families() -> None:
+    llama, mistral, qwen2, qwen3 = (tiny_config(kind) for kind in ("llama", "mistral", "qwen2", "qwen3"))
+    assert [c.qkv_bias for c in (llama, mistral, qwen2, qwen3)] == [False, False, True, False]
+    assert [c.qk_norm for c in (llama, mistral, qwen2, qwen3)] == [False, False, False, True]
+    assert llama.sliding_window == qwen2.sliding_window == (None, None)
+    assert mistral.sliding_window == (4096, 4096)
+    assert tiny_config("mistral", sliding_window=None).sliding_window == (None, None)
+    assert tiny_config(head_dim=None).head_dim == 4
+    assert tiny_config("qwen3", head_dim=None).head_dim == 128
+
+
+def test_windows_by_layer() -> None:
+    on = {"use_sliding_window": True, "sliding_window": 7}
+    assert tiny_config("qwen2", **on, max_window_layers=1).sliding_window == (None, 7)
+    types = ["sliding_attention", "full_attention"]
+    assert tiny_config("qwen3", **on, layer_types=types).sliding_window == (7, None)
+
+
+def test_rope_old_and_new() -> None:
+    new = tiny_config(rope_parameters={"rope_theta": 5e5, "rope_type": "linear", "factor": 4})
+    old = tiny_config(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 4.0})
+    assert new.rope == old.rope == RopeConfig(5e5, "linear", factor=4.0)
+    assert tiny_config(rope_theta=1e5, rope_scaling=None).rope == RopeConfig(1e5)
+    assert tiny_config().rope == RopeConfig(1e4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "config.json: model_type 'gpt2'"),
+        ({"model_type": None}, "model_type None"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": -8}, "hidden_size is -8"),
+        ({"vocab_size": 2**40}, "vocab_size"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 2}, "not a multiple"),
+        ({"head_dim": 5}, "head_dim 5 is odd"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type 'spiral'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
+            "short_factor must be a list of 2",
+        ),
+        ({"rope_scaling": "linear"}, "must be an object"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
+            "layer_types",
+        ),
+    ],
+)
+def test_refusals(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny_config(**{"kind": changes.pop("model_type", "llama")} | changes)
