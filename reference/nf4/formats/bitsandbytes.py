@@ -31,7 +31,7 @@ from nf4.nested import NESTED_BLOCK_SIZE, NestedAbsmax
 from nf4.tensor import QuantizedTensor, dequantize
 
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__([^.]+)")
-PART = re.compile(r".*\.weight\..+")
+PART = re.compile(r"(?:.*\.)?weight\..+")
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 FLAT_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
