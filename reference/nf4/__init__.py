@@ -25,7 +25,7 @@ _LATER = {
     "save_adapter": "nf4.formats.peft",
 }
 
-__all__ = [
+__all__ = [  # noqa: PLE0604
     "CODEBOOKS",
     "CheckFailed",
     "Codebook",

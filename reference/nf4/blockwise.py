@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from nf4.codebooks import Codebook
 from nf4.errors import InputError
@@ -32,6 +32,12 @@ def check_block_size(block_size: int) -> None:
 def block_count(n: int, block_size: int) -> int:
     """Return the number of blocks of n elements; the last may be short (NF4-3.1)."""
     return -(-n // block_size)
+
+
+def check_array(what: str, array: NDArray[Any], dtype: DTypeLike, size: int) -> None:
+    """Raise InputError unless array is of dtype and one-dimensional of that size."""
+    if array.dtype != dtype or array.shape != (size,):
+        raise InputError(f"{what} is {array.dtype} {list(array.shape)}, must be {np.dtype(dtype)} [{size}]")
 
 
 def scale_blocks(
@@ -74,16 +80,13 @@ def encode(
     """
     packed = np.empty(-(-x.size // 2), np.uint8)
     absmax = np.empty(block_count(x.size, block_size), np.float32)
-    book, zero = codebook.codes, codebook.zero_code
+    thresholds, book = codebook.thresholds, codebook.codes
     in_order = np.array_equal(book, np.arange(book.size))  # as in nf4: a rank is its code
 
     def work(start: int, stop: int) -> None:
         n = stop - start
-        s, codes, above = (
-            _buffer("s", np.float32, n),
-            _buffer("codes", np.uint8, n + 1),
-            _buffer("above", np.uint8, n),
-        )
+        s, codes = _buffer("s", np.float32, n), _buffer("codes", np.uint8, n + 1)
+        above = _buffer("above", np.uint8, thresholds.size * n).reshape(thresholds.size, n)
         chunk = x[start:stop]
         if x.dtype != FLOAT32:
             wide = _buffer("wide", np.float32, n)
@@ -92,13 +95,11 @@ def encode(
         blocks = absmax[start // block_size : block_count(stop, block_size)]
         scale_blocks(chunk, block_size, s, blocks)
         ranks = codes[:n]
-        np.greater(s, codebook.thresholds[0], out=ranks.view(np.bool_))
-        for threshold in codebook.thresholds[1:]:
-            np.greater(s, threshold, out=above.view(np.bool_))
-            np.add(ranks, above, out=ranks)
+        np.greater(s, thresholds[:, None], out=above.view(np.bool_))  # [thresholds, n]
+        np.add.reduce(above, axis=0, out=ranks)
         if not in_order:
             np.take(book, ranks, out=ranks, mode="clip")
-        codes[n] = zero  # the pad nibble, where n is odd
+        codes[n] = codebook.zero_code  # the pad nibble, where n is odd
         pairs = codes[: n + n % 2].view("<u2")  # first element in the low byte
         np.bitwise_or(pairs << 4, pairs >> 8, out=packed[start // 2 : -(-stop // 2)], casting="unsafe")
 
@@ -134,7 +135,7 @@ def decode(
 ) -> None:
     """Write value * absmax into flat out [n], rounded once to its dtype (NF4-4.1, NF4-4.2).
 
-    packed is uint8 [ceil(n / 2)], absmax float32 [block_count]; out is float32, float16 or bfloat16, contiguous.
+    packed is uint8 [ceil(n / 2)], absmax float32 [block_count]; out is contiguous.
     """
 
     def work(start: int, stop: int) -> None:
@@ -145,7 +146,9 @@ def decode(
             pairs = np.append(pairs, np.uint8(0))
         direct = out.dtype == FLOAT32 and n % 4 == 0
         values = out[start:stop] if direct else _buffer("s", np.float32, 4 * quads)
-        np.take(codebook.quads, pairs.view(np.uint16), axis=0, out=values.reshape(quads, 4), mode="clip")
+        index = _buffer("index", np.intp, quads)  # np.take would make one each time
+        np.copyto(index, pairs.view(np.uint16))
+        np.take(codebook.quads, index, axis=0, out=values.reshape(quads, 4), mode="wrap")  # the fastest mode
         values = values[:n]
         full = n // block_size
         body = full * block_size
@@ -162,10 +165,10 @@ def decode(
 
 
 def _buffer(name: str, dtype: Any, n: int) -> NDArray[Any]:
-    """Return n elements of this thread's buffer of that name: fresh memory would cost page faults each time."""
+    """Return n elements of this thread's buffer of that name: fresh memory would cost page faults."""
     key = f"{name}:{np.dtype(dtype).name}"
     buffer: NDArray[Any] | None = getattr(_buffers, key, None)
-    if buffer is None:
-        buffer = np.empty(CHUNK + 4, dtype)
+    if buffer is None or buffer.size < n:
+        buffer = np.empty(n, dtype)
         setattr(_buffers, key, buffer)
     return buffer[:n]

@@ -31,7 +31,7 @@ def widen(x: NDArray[np.generic]) -> NDArray[np.float32]:
 def narrow_into(out: NDArray[np.generic], x: NDArray[np.float32], scratch: NDArray[np.uint32]) -> None:
     """Round x (float32, no NaN) to the dtype of out, to nearest with ties to even (NF4-7.2, NF4-7.3).
 
-    out, x and scratch have one shape; scratch may share no memory with x. For values that may be NaN use narrow.
+    The three have one shape; scratch may share no memory with x. For values that may be NaN use narrow.
     """
     if out.dtype == BFLOAT16:
         bits = x.view(np.uint32)

@@ -2,21 +2,20 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4.blockwise import CHUNK, block_count, scale_blocks
-from nf4.codebooks import midpoint_thresholds
+from nf4.blockwise import CHUNK, block_count, check_array, scale_blocks
+from nf4.codebooks import from_hex, midpoint_thresholds
 from nf4.errors import InputError
 from nf4.floats import round_to_float32
 from nf4.parallel import map_chunks
 
 NESTED_BLOCK_SIZE = 256
-DYNAMIC_MAP = np.array(
-    [
-        int(word, 16)
-        for word in """
+DYNAMIC_MAP = from_hex(
+    """
     bf7e3333 bf7a999a bf770000 bf736666 bf6fcccd bf6c3333 bf68999a bf650000
     bf616666 bf5dcccd bf5a3333 bf56999a bf530000 bf4f6666 bf4bcccd bf483333
     bf44999a bf410000 bf3d6667 bf39cccd bf363333 bf32999a bf2f0000 bf2b6667
@@ -49,11 +48,8 @@ DYNAMIC_MAP = np.array(
     3f2f0000 3f32999a 3f363333 3f39cccd 3f3d6667 3f410000 3f44999a 3f483333
     3f4bcccd 3f4f6666 3f530000 3f56999a 3f5a3333 3f5dcccd 3f616666 3f650000
     3f68999a 3f6c3333 3f6fcccd 3f736666 3f770000 3f7a999a 3f7e3333 3f800000
-""".split()
-    ],
-    np.uint32,
-).view(np.float32)
-DYNAMIC_MAP.flags.writeable = False
+    """
+)
 """The 8-bit dynamic map, float32 [256], ascending (NF4-6.2)."""
 
 _THRESHOLDS = midpoint_thresholds(DYNAMIC_MAP)
@@ -75,29 +71,23 @@ class NestedAbsmax:
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise InputError(f"nested block size {self.block_size} is not positive")
-        expected = {
-            "codes": (self.codes, np.uint8, self.codes.size),
-            "absmax": (self.absmax, np.float32, block_count(self.codes.size, self.block_size)),
-            "map": (self.map, np.float32, 256),
-        }
-        for name, (array, dtype, size) in expected.items():
-            if array.dtype != dtype or array.shape != (size,):
-                raise InputError(
-                    f"nested absmax: {name} is {array.dtype} {list(array.shape)}, must be {np.dtype(dtype)} [{size}]"
-                )
+        check_array("nested absmax: codes", self.codes, np.uint8, self.codes.size)
+        check_array(
+            "nested absmax: absmax", self.absmax, np.float32, block_count(self.codes.size, self.block_size)
+        )
+        check_array("nested absmax: map", self.map, np.float32, 256)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, NestedAbsmax):
             return NotImplemented
-        return self.block_size == other.block_size and all(
-            mine.tobytes() == theirs.tobytes()
-            for mine, theirs in (
-                (self.codes, other.codes),
-                (self.absmax, other.absmax),
-                (np.float32(self.offset), np.float32(other.offset)),
-                (self.map, other.map),
-            )
-        )
+        return self._bits() == other._bits()
+
+    def __hash__(self) -> int:
+        return hash(self._bits())
+
+    def _bits(self) -> tuple[Any, ...]:
+        arrays = (self.codes, self.absmax, np.float32(self.offset), self.map)
+        return (self.block_size, *(array.tobytes() for array in arrays))
 
     @property
     def nbytes(self) -> int:
@@ -114,13 +104,16 @@ def exact_mean(x: NDArray[np.float32]) -> np.float32:
         return np.float32(0)
     bits = x.view(np.int32)
     exponents = (bits >> 23) & 0xFF
-    significands = bits & 0x7FFFFF
-    significands[exponents > 0] |= 0x800000
-    significands[bits < 0] *= -1
+    significands = np.where(exponents > 0, bits & 0x7FFFFF | 0x800000, bits & 0x7FFFFF)
+    signed = np.where(bits < 0, -significands, significands)
     total = 0  # in units of 2^-149
-    for exponent in np.unique(exponents):
-        subtotal = int(significands[exponents == exponent].sum(dtype=np.int64))
-        total += subtotal << max(int(exponent) - 1, 0)  # a subnormal has the scale of exponent 1
+    for start in range(0, x.size, 1 << 28):  # so that sums of 24-bit integers are exact in bincount's float64
+        piece = slice(start, start + (1 << 28))
+        sums = np.bincount(exponents[piece], weights=signed[piece])
+        for exponent in np.flatnonzero(sums):
+            total += int(sums[exponent]) << max(
+                int(exponent) - 1, 0
+            )  # a subnormal has the scale of exponent 1
     return round_to_float32(Fraction(total, x.size << 149))
 
 
@@ -139,7 +132,7 @@ def encode_nested(absmax: NDArray[np.float32]) -> NestedAbsmax:
             _THRESHOLDS, s, side="left"
         )  # the number of thresholds strictly below
 
-    map_chunks(work, absmax.size, CHUNK // 4)
+    map_chunks(work, absmax.size, CHUNK)
     return NestedAbsmax(codes, absmax2, offset, DYNAMIC_MAP)
 
 

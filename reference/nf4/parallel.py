@@ -41,8 +41,8 @@ def _inside(work: Callable[[], R]) -> R:
 def map_chunks(work: Callable[[int, int], None], n: int, chunk: int) -> None:
     """Call work(start, stop) for [0, n) cut into pieces of chunk, over the threads of the pool.
 
-    The pieces may run in any order, so work writes each to its own place. Inside a worker thread, or where there
-    is one piece, the pieces run in sequence in the calling thread. The first error is raised after all have ended.
+    The pieces may run in any order, so work writes each to its own place. Inside a worker thread, or where
+    there is one piece, they run in sequence in the calling thread. An error is raised after all have ended.
     """
     starts = range(0, n, chunk)
     threads = min(worker_threads(), len(starts))

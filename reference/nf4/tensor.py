@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from nf4.blockwise import NonFiniteError, block_count, check_block_size, decode, encode
+from nf4.blockwise import NonFiniteError, block_count, check_array, check_block_size, decode, encode
 from nf4.codebooks import Codebook, get_codebook
 from nf4.errors import InputError
 from nf4.floats import DTYPES
@@ -35,27 +35,23 @@ class QuantizedTensor:
         check_block_size(self.block_size)
         check_dtype(self.dtype)
         blocks = block_count(self.size, self.block_size)
+        nested = isinstance(self.absmax, NestedAbsmax)
         scales = self.absmax.codes if isinstance(self.absmax, NestedAbsmax) else self.absmax
-        for name, array, dtype, size in (
-            ("codes", self.codes, np.uint8, -(-self.size // 2)),
-            ("absmax", scales, scales.dtype if scales is not self.absmax else np.float32, blocks),
-        ):
-            if array.dtype != dtype or array.shape != (size,):
-                raise InputError(
-                    f"quantized tensor of shape {list(self.shape)}, block size {self.block_size}: {name} is "
-                    f"{array.dtype} {list(array.shape)}, must be {np.dtype(dtype)} [{size}]"
-                )
+        what = f"quantized tensor of shape {list(self.shape)}, block size {self.block_size}: "
+        check_array(what + "codes", self.codes, np.uint8, -(-self.size // 2))
+        check_array(what + "absmax", scales, np.uint8 if nested else np.float32, blocks)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantizedTensor):
             return NotImplemented
-        mine = (self.shape, self.dtype, self.block_size, self.codebook)
-        theirs = (other.shape, other.dtype, other.block_size, other.codebook)
-        if mine != theirs or self.codes.tobytes() != other.codes.tobytes():
-            return False
-        if isinstance(self.absmax, NestedAbsmax) or isinstance(other.absmax, NestedAbsmax):
-            return self.absmax is other.absmax or bool(self.absmax == other.absmax)
-        return self.absmax.tobytes() == other.absmax.tobytes()
+        return self._bits() == other._bits()
+
+    def __hash__(self) -> int:
+        return hash(self._bits())
+
+    def _bits(self) -> tuple[Any, ...]:
+        scales = self.absmax if isinstance(self.absmax, NestedAbsmax) else self.absmax.tobytes()
+        return (self.shape, self.dtype, self.block_size, self.codebook, self.codes.tobytes(), scales)
 
     @property
     def size(self) -> int:
@@ -64,7 +60,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and absmax (nested: its codes, absmax and offset); the tables are not counted (NF4-5.4)."""
+        """Bytes of codes and absmax (nested: its codes, absmax and offset), without the tables (NF4-5.4)."""
         return self.codes.nbytes + self.absmax.nbytes
 
     @property
@@ -95,9 +91,10 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
 def quantize(
     x: NDArray[Any], block_size: int = 64, codebook: str | Codebook = "nf4", double_quant: bool = False
 ) -> QuantizedTensor:
-    """Quantize x to 4 bits an element: float32, float16 or bfloat16, any shape, in C order (NF4-3; NF4-6 if double).
+    """Quantize x, of any shape in C order, to 4 bits an element (NF4-3; NF4-6 if double_quant).
 
-    Raises InputError on another dtype or block size, an unknown codebook, and on a NaN or an infinity, saying where.
+    x is float32, float16 or bfloat16. Raises InputError on another dtype or block size, on an unknown
+    codebook, and on a NaN or an infinity, saying where it is.
     """
     x = np.asarray(x)
     check_dtype(x.dtype)
@@ -118,10 +115,10 @@ def quantize(
 def dequantize(
     q: QuantizedTensor, dtype: DTypeLike | None = None, out: NDArray[Any] | None = None
 ) -> NDArray[Any]:
-    """Return the values of q as an array of q.shape, or out filled with them (NF4-4; NF4-6.4 if double-quantized).
+    """Return the values of q as an array of q.shape, or out filled with them (NF4-4; NF4-6.4 if nested).
 
-    dtype is float32, float16 or bfloat16; by default that of out, or else q.dtype. out is C-contiguous, of q.shape or
-    flat, and of dtype. Raises InputError where out or dtype do not fit.
+    dtype is float32, float16 or bfloat16; by default that of out, or else q.dtype. out is C-contiguous, of
+    q.shape or flat, and of dtype. Raises InputError where out or dtype do not fit.
     """
     kind = np.dtype(dtype) if dtype is not None else out.dtype if out is not None else q.dtype
     check_dtype(kind)
