@@ -191,12 +191,13 @@ def finetune(options: FinetuneOptions, report: Report | None = None) -> Finetune
         eval_path=options.eval_data,
         seed=options.seed,
     )
+    total = len(data.train) + len(data.heldout) + data.dropped
     for count, what in (
         (data.truncated, f"cut to {options.seq_len} tokens"),
         (data.dropped, "left out: no target"),
     ):
         if count:
-            report.note(f"{count} of {count + len(data.train) + len(data.heldout)} examples {what}")
+            report.note(f"{count} of {total} examples {what}")
     report.note(f"loading {options.model} in {options.codebook}, block {options.block_size}")
     base = load_model(
         source,
@@ -206,7 +207,7 @@ def finetune(options: FinetuneOptions, report: Report | None = None) -> Finetune
     model = Llama(base.config, base.params, adapters)
 
     def save(directory: Path) -> None:
-        peft.save_adapter(directory, adapters, base=str(source.path), rslora=options.rslora)
+        peft.save_adapter(directory, adapters, base=str(Path(options.model).resolve()), rslora=options.rslora)
 
     return train_loop(model, tokenizer, data, options, train="lora", save=save, report=report)
 
@@ -318,6 +319,9 @@ class _Loop:
         self.saved_step = 0
 
     def run(self) -> FinetuneResult:
+        for folder in (self.out, self.out / BEST):
+            for leftover in folder.glob(".*.tmp"):  # of a save that was killed
+                leftover.unlink()
         if self.checkpoint.exists():
             self._resume()
         else:

@@ -12,7 +12,7 @@ from nf4.formats.files import atomic_write
 NAME = "training_log.jsonl"
 PICTURE = "loss.png"
 
-_SMOOTH = 0.9  # weight of the past in the drawn average of the training loss
+_WINDOW = 20  # the drawn average of the training loss takes this part of the steps to either side
 
 
 class TrainingLog:
@@ -104,12 +104,10 @@ def draw(log: Path, picture: Path) -> None:
 
 
 def _smoothed(values: tuple[float, ...]) -> list[float]:
-    """Exponential average, each point over the weights it has seen, so that the start is not drawn to 0."""
-    total, weight, out = 0.0, 0.0, []
-    for value in values:
-        total, weight = _SMOOTH * total + value, _SMOOTH * weight + 1.0
-        out.append(total / weight)
-    return out
+    """Mean of the values around each, fewer at the ends: unlike an average of the past it does not lag."""
+    reach = len(values) // _WINDOW
+    parts = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def _line(record: dict[str, Any]) -> str:
