@@ -163,7 +163,10 @@ class LoRALinear:
     def backward(
         self, dout: Array, cache: LoRACache, space: Workspace | None = None, need_dx: bool = True
     ) -> tuple[Array | None, Array | None, Array | None]:
-        """dout [T, out] -> dx [T, in] (None unless need_dx), dA [r, in], dB [out, r] (None without LoRA)."""
+        """dout [T, out] -> dx [T, in] (None unless need_dx), dA [r, in], dB [out, r] (None without LoRA).
+
+        NF4-9.5.
+        """
         space = space or Workspace()
         dx = dout @ space.weight(self.weight, dout.dtype) if need_dx else None  # [T, in]
         lora = self.lora
