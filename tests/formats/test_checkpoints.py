@@ -10,7 +10,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-
 from nf4.errors import InputError
 from nf4.formats.bitsandbytes import load_tensor, save_tensor, write_dequantized, write_quantized
 from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
@@ -167,9 +166,7 @@ def test_quantize_then_dequantize(
     source = tiny_model(tmp_path / "m", dtype=dtype)
     tensors = tensors_of(source)
     seen: list[tuple[str, int, int]] = []
-    write_quantized(
-        open_checkpoint(source), tmp_path / "q", options, lambda *progress: seen.append(progress)
-    )
+    write_quantized(open_checkpoint(source), tmp_path / "q", options, lambda *progress: seen.append(progress))
     assert seen[0][1:] == (0, len(tensors))
     assert seen[-1][1:] == (len(tensors), len(tensors))
     four = open_checkpoint(tmp_path / "q")
@@ -196,7 +193,9 @@ def test_quantize_then_dequantize(
         wanted_values = dequantize(read) if isinstance(read, QuantizedTensor) else read
         assert plain.read(name).tobytes() == wanted_values.tobytes()
     for directory in ("q", "d"):
-        assert (tmp_path / directory / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+        assert (tmp_path / directory / "tokenizer.json").read_bytes() == (
+            source / "tokenizer.json"
+        ).read_bytes()
 
 
 def test_dequantize_into_another_dtype(tiny_model: Build, tmp_path: Path) -> None:
@@ -204,7 +203,9 @@ def test_dequantize_into_another_dtype(tiny_model: Build, tmp_path: Path) -> Non
     write_dequantized(open_checkpoint(source), tmp_path / "half", np.dtype(np.float16))
     half = open_checkpoint(tmp_path / "half")
     assert half.config["torch_dtype"] == "float16"
-    np.testing.assert_array_equal(half.read(Q_PROJ), tensors_of(source)[Q_PROJ].astype(np.float16), strict=True)
+    np.testing.assert_array_equal(
+        half.read(Q_PROJ), tensors_of(source)[Q_PROJ].astype(np.float16), strict=True
+    )
     tensors = tensors_of(source)
     tensors[Q_PROJ][0, 0] = 1e5
     rewrite(source, tensors)
@@ -257,7 +258,8 @@ def test_a_tied_head_stored_twice_is_left_out(tiny_model: Build, tmp_path: Path)
     assert names == set(tensors) - {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
 
 
-# --- one 4-bit weight ---------------------------------------------------------------------------------------------
+# --- one 4-bit weight
+# ---------------------------------------------------------------------------------------------
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
@@ -369,7 +371,8 @@ def test_flat_state_with_nested_parts_is_refused(tmp_path: Path) -> None:
         load_tensor(path)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("work", ["quantize", "dequantize"])
@@ -377,7 +380,12 @@ def test_streaming_takes_less_than_three_of_the_largest_tensor(
     work: str, tiny_model: Build, tmp_path: Path
 ) -> None:
     source = tiny_model(
-        tmp_path / "m", hidden_size=512, head_dim=128, intermediate_size=4096, vocab_size=1024, num_hidden_layers=3
+        tmp_path / "m",
+        hidden_size=512,
+        head_dim=128,
+        intermediate_size=4096,
+        vocab_size=1024,
+        num_hidden_layers=3,
     )
     largest = 4096 * 512 * 4
     assert (source / "model.safetensors").stat().st_size > 10 * largest

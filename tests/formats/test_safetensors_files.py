@@ -14,7 +14,6 @@ import pytest
 import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from nf4.errors import InputError
 from nf4.formats.files import (
     DTYPES,
@@ -189,7 +188,10 @@ def test_library_files_are_read(tmp_path: Path) -> None:
 def test_writer_demands_what_was_announced(tmp_path: Path) -> None:
     specs = {"x": TensorSpec(np.dtype(np.float32), (2,)), "y": TensorSpec(np.dtype(np.uint8), (1,))}
     path = tmp_path / "x.safetensors"
-    with pytest.raises(ValueError, match="isn't the tensor announced"), SafetensorsWriter(path, specs) as writer:
+    with (
+        pytest.raises(ValueError, match="isn't the tensor announced"),
+        SafetensorsWriter(path, specs) as writer,
+    ):
         writer.write("x", np.zeros(3, np.float32))
     with pytest.raises(ValueError, match="not written"), SafetensorsWriter(path, specs) as writer:
         writer.write("x", np.zeros(2, np.float32))
@@ -252,7 +254,11 @@ def test_taken_outputs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "kept").write_text("x")
-    for name, message in (("file", "this is a file"), ("full", "isn't empty"), ("file/below", "can't be written")):
+    for name, message in (
+        ("file", "this is a file"),
+        ("full", "isn't empty"),
+        ("file/below", "can't be written"),
+    ):
         with pytest.raises(InputError, match=message):
             check_output_directory(tmp_path / name)
         with pytest.raises(InputError, match=message), atomic_directory(tmp_path / name):

@@ -86,7 +86,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self.special,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # a template is a program, and may fail in any way
             raise InputError(f"{self._where}: the chat template refuses these messages ({error})") from None
 
     def save(self, directory: Path) -> None:
