@@ -139,7 +139,8 @@ def derive_nf4() -> NDArray[np.float32]:
         return np.asarray(ndtri(_linspace32(0.9677083, 0.5, n)[:-1].astype(np.float64)))
 
     values = np.sort(np.concatenate([quantiles(9), [0.0], -quantiles(8)])).astype(np.float32)
-    return np.divide(values, values.max(), dtype=np.float32)
+    table: NDArray[np.float32] = values / values.max()
+    return table
 
 
 def _linspace32(start: float, stop: float, n: int) -> NDArray[np.float32]:
