@@ -124,3 +124,11 @@ def test_refusals(tmp_path: Path, run: Run) -> None:
     assert "header" in run("inspect", tmp_path / "x.safetensors", exit_code=2)
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "adapter_model.safetensors" in run("inspect", tmp_path, exit_code=2)
+
+
+def test_layers_are_listed_in_their_order(
+    tmp_path: Path, tiny_model: Callable[..., Path], run_json: RunJson
+) -> None:
+    answer = run_json("inspect", tiny_model(tmp_path / "deep", num_hidden_layers=11))
+    norms = [row["name"] for row in answer["tensors"] if row["name"].endswith("input_layernorm.weight")]
+    assert norms == [f"model.layers.{i}.input_layernorm.weight" for i in range(11)]

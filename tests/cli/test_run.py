@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def test_eval_that_is_nan_is_a_failed_check(
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"][:] = np.float32(3e38)  # finite, but no logit is
     save_file(tensors, source / "model.safetensors")
-    with np.errstate(all="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert "loss" in run("eval", source, prose, exit_code=1)
 
 

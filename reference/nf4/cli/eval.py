@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from pathlib import Path
 
 import click
@@ -49,7 +50,9 @@ def command(
     learned = [int(token) for example in examples for token in example.targets if token != IGNORE]
     size = len(opened.tokenizer.decode(learned).encode("utf-8"))
     started = time.perf_counter()
-    loss = evaluate(opened.model, examples, batch_size=worker_threads(), threads=worker_threads())
+    with warnings.catch_warnings():  # an overflow is told once, below
+        warnings.simplefilter("ignore", RuntimeWarning)
+        loss = evaluate(opened.model, examples, batch_size=worker_threads(), threads=worker_threads())
     seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         raise CheckFailed(f"{model}: the loss on {data} is {loss}; the weights or the adapter are damaged")

@@ -57,7 +57,13 @@ def describe(path: Path) -> dict[str, Any]:
             rows.append(
                 quantized_row(name, value) if isinstance(value, QuantizedTensor) else row(name, dtype, shape)
             )
+    rows.sort(key=lambda item: _natural(item["name"]))
     return {"path": str(path), "kind": kind, **facts, "tensors": rows, "total": total(rows)}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def safetensors_rows(file: SafetensorsFile) -> list[dict[str, Any]]:
@@ -69,7 +75,7 @@ def safetensors_rows(file: SafetensorsFile) -> list[dict[str, Any]]:
         quantized_row(name, StoredWeight(name, dict.fromkeys(keys, file)).read())
         for name, keys in groups.items()
     ]
-    return sorted(rows, key=lambda item: str(item["name"]))
+    return rows
 
 
 def row(name: str, dtype: str, shape: tuple[int, ...]) -> dict[str, Any]:
