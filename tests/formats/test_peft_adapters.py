@@ -150,7 +150,7 @@ def test_other_spellings_are_read(tmp_path: Path) -> None:
 def test_layers_to_transform_is_read(tmp_path: Path) -> None:
     made = {name: lora for name, lora in adapters().items() if "layers.1." in name}
     save_adapter(tmp_path, made, base="m")
-    with pytest.raises(InputError, match="no tensors for, such as 'model.layers.0"):
+    with pytest.raises(InputError, match=r"no tensors for, such as 'model\.layers\.0"):
         load_adapter(tmp_path, CONFIG)
     edit(tmp_path, layers_to_transform=[1])
     assert_same(load_adapter(tmp_path, CONFIG), made)

@@ -107,15 +107,18 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 )
 def test_mutated_file_is_refused_or_read(tmp_path: Path, edits: list[tuple[int, bytes]], cut: int) -> None:
     content = bytearray(pack(GOOD))
-    for at, new in edits:
-        at %= len(content)
+    for place, new in edits:
+        at = place % len(content)
         content[at : at + len(new)] = new
     path = tmp_path / "mutated.safetensors"
     path.write_bytes(content[: len(content) - cut] if cut < 33 else content)
+    file, message = None, str(path)
     try:
         file = SafetensorsFile(path)
     except InputError as error:
-        assert str(path) in str(error)
+        message = str(error)
+    assert str(path) in message
+    if file is None:
         return
     for name, entry in file.entries.items():
         array = file.read(name)
@@ -223,17 +226,26 @@ def test_interrupted_file_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
     write_json(path, {"step": 1})
     before = path.read_bytes()
-    with pytest.raises(Stop), atomic_write(path) as file:
-        file.write(b"half")
-        raise Stop
+
+    def work() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            raise Stop
+
+    with pytest.raises(Stop):
+        work()
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
 
 
 def test_interrupted_directory_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(Stop), atomic_directory(tmp_path / "out") as work:
-        (work / "config.json").write_text("{}")
-        raise Stop
+    def work() -> None:
+        with atomic_directory(tmp_path / "out") as directory:
+            (directory / "config.json").write_text("{}")
+            raise Stop
+
+    with pytest.raises(Stop):
+        work()
     assert list(tmp_path.iterdir()) == []
 
 
