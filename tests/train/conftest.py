@@ -29,7 +29,7 @@ def tokenizer(model: Path) -> Tokenizer:
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(SENTENCES[i * i % 3] for i in range(120)))
+    path.write_text("".join(f"{i}: {SENTENCES[i * i % 3]}" for i in range(120)))
     return path
 
 

@@ -65,7 +65,7 @@ def test_what_a_run_leaves(tmp_path: Path, model: Path, text: Path, nf4: Nf4) ->
         adapters = load_adapter(folder, config)
         assert sorted({name.rsplit(".", 1)[1] for name in adapters}) == ["q_proj", "up_proj"]
         assert all(lora.B.any() for lora in adapters.values())
-    for shown in ("held-out loss", "before: ", "after: ", str(out / "best"), str(out / "loss.png")):
+    for shown in ("held-out loss", "it wrote before", "it writes after", f"{out}/best", f"{out}/loss.png"):
         assert shown in result.stdout
     assert "tokens/s" in result.stderr
     assert "4/4" in result.stderr
@@ -187,6 +187,24 @@ def test_random_parameters_are_normal_and_named() -> None:
     assert not params["model.layers.1.self_attn.q_proj.bias"].any()
     q = [params[f"model.layers.{i}.self_attn.q_proj.weight"] for i in (0, 1)]
     assert abs(np.corrcoef(q[0].ravel(), q[1].ravel())[0, 1]) < 0.05
+
+
+def test_steps_take_the_sequences_one_after_another(
+    options: FinetuneOptions, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watched(model: Llama, micro_batches: Any, **settings: Any) -> Any:
+        for examples, samples in micro_batches:
+            seen.extend(zip(samples, (example.ids.tobytes() for example in examples), strict=True))
+        return train_step(model, micro_batches, **settings)
+
+    seen: list[tuple[int, bytes]] = []
+    monkeypatch.setattr(room, "train_step", watched)
+    finetune(replace(options, batch_size=3, grad_accum=2, seq_len=100))
+    assert [sample for sample, _ in seen] == list(range(4 * 2 * 3))
+    data = load_data(options.data, tokenizer, 100, max_positions=128)
+    n = len(data.train)
+    assert n > 24
+    assert len({ids for _, ids in seen}) == 24
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(
@@ -369,7 +387,7 @@ def test_json_lines_and_what_was_cut_is_said(tmp_path: Path, model: Path, nf4: N
     result = nf4("finetune", model, data, "--out", tmp_path / "out", *QUICK, "--group-by-length")
     assert result.exit_code == 0, result.output
     assert "1 of 12 examples cut to 32 tokens" in result.stderr
-    assert "from:   'one plus one is '" in result.stdout
+    assert "from the held-out text\n    one plus one is \n" in result.stdout
 
 
 def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:

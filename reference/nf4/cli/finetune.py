@@ -251,6 +251,12 @@ def _answer(result: FinetuneResult) -> dict[str, Any]:
     }
 
 
+def _quoted(text: str) -> str:
+    """Return a model's text indented, without the control characters that it may hold."""
+    clean = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "\n".join(f"    {line}" for line in clean.split("\n"))
+
+
 def _paths(result: FinetuneResult) -> dict[str, Path]:
     return {
         "adapter": result.out,
@@ -265,9 +271,9 @@ def _print(result: FinetuneResult) -> None:
     best = "" if result.best_loss is None else f", best {result.best_loss:.4f} at step {result.best_step}"
     click.echo(
         f"\nheld-out loss {result.eval_before:.4f} -> {result.eval_after:.4f}{best}\n"
-        f"\nfrom:   {result.sample_prompt!r}\n"
-        f"before: {result.sample_before!r}\n"
-        f"after:  {result.sample_after!r}\n"
+        f"\nfrom the held-out text\n{_quoted(result.sample_prompt)}\n"
+        f"\nit wrote before\n{_quoted(result.sample_before)}\n"
+        f"\nit writes after\n{_quoted(result.sample_after)}\n"
     )
     for name, path in _paths(result).items():
         click.echo(f"{name.replace('_', ' '):13}{path}")

@@ -43,6 +43,7 @@ ADAPTER_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtype
 
 _SAMPLE_PROMPT = 32  # tokens of held-out text that the samples go on from
 _SAMPLE_CHARACTERS = 200
+_SAMPLE_SECONDS = 10.0  # a large model says less
 _FREE = (
     "model",
     "data",
@@ -475,7 +476,7 @@ class _Loop:
         prompt = _sample_prompt(self.data.heldout[0])
         room = self.model.config.max_position_embeddings - len(prompt)
         ids: list[int] = []
-        text = ""
+        text, began = "", time.monotonic()
         for token in generate(
             self.model,
             prompt,
@@ -487,7 +488,7 @@ class _Loop:
         ):
             ids.append(token)
             text = self.tokenizer.decode(ids)
-            if len(text) >= _SAMPLE_CHARACTERS:
+            if len(text) >= _SAMPLE_CHARACTERS or time.monotonic() - began > _SAMPLE_SECONDS:
                 break
         return self.tokenizer.decode(prompt), text
 
