@@ -1,7 +1,6 @@
 """Safetensors files: hostile ones refused, good ones read back, outputs whole or absent."""
 
 import json
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -278,12 +277,32 @@ def test_taken_outputs_are_refused(tmp_path: Path) -> None:
     assert (tmp_path / "full" / "kept").read_text() == "x"
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-def test_unwritable_output_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="Permission denied"):
-        check_output_directory(tmp_path / "out")
-    tmp_path.chmod(0o700)
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a directory that even root can't write to")
+def test_unwritable_output_is_refused() -> None:
+    with pytest.raises(InputError, match="/proc/self/out: can't be written"):
+        check_output_directory("/proc/self/out")
+    with pytest.raises(InputError, match="/proc/self/out: can't be written"), atomic_write("/proc/self/out"):
+        pytest.fail("the work was begun")
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from nf4.formats.files import SafetensorsWriter, TensorSpec
+x = np.ones(1000, np.float32)
+with SafetensorsWriter(sys.argv[1], {"x": TensorSpec(x.dtype, x.shape), "y": TensorSpec(x.dtype, x.shape)}) as writer:
+    writer.write("x", x)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(b"the previous one")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=60)
+    assert done.returncode == -9
+    assert path.read_bytes() == b"the previous one"
 
 
 FULL_DISK = """

@@ -16,8 +16,6 @@ bnb = pytest.importorskip("bitsandbytes")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from safetensors.torch import save_file  # noqa: E402
-
 from nf4.formats.bitsandbytes import load_tensor, write_dequantized, write_quantized  # noqa: E402
 from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint  # noqa: E402
 from nf4.formats.merge import write_merged  # noqa: E402
@@ -25,6 +23,7 @@ from nf4.formats.peft import linear_shapes, load_adapter, save_adapter  # noqa: 
 from nf4.lora import init_lora  # noqa: E402
 from nf4.model.config import LlamaConfig  # noqa: E402
 from nf4.tensor import QuantizedTensor, dequantize  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -40,7 +39,7 @@ def to_numpy(tensor: Any) -> Any:
 
 
 def dequantized_by_bitsandbytes(parameter: Any) -> Any:
-    """Decode a Params4bit as 1-D: the 2-D path is wrong on AVX-512 machines where in_features % block size != 0."""
+    """Decode a Params4bit as 1-D: with AVX-512 the 2-D path is wrong where in_features % block size != 0."""
     state = bnb.functional.QuantState.from_dict(
         parameter.quant_state.as_dict(packed=True), torch.device("cpu")
     )
