@@ -290,7 +290,8 @@ import os, signal, sys
 import numpy as np
 from nf4.formats.files import SafetensorsWriter, TensorSpec
 x = np.ones(1000, np.float32)
-with SafetensorsWriter(sys.argv[1], {"x": TensorSpec(x.dtype, x.shape), "y": TensorSpec(x.dtype, x.shape)}) as writer:
+spec = TensorSpec(x.dtype, x.shape)
+with SafetensorsWriter(sys.argv[1], {"x": spec, "y": spec}) as writer:
     writer.write("x", x)
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -348,7 +348,7 @@ class GgufCheckpoint:
             count = min(step, blocks - first)
             raw = read_bytes(self.path, tensor.start + first * block_bytes, count * block_bytes)
             try:
-                part = gguf.quants.dequantize(raw.reshape(count, block_bytes), tensor.kind)
+                part = gguf.quants.dequantize(raw.reshape(1, -1), tensor.kind)  # it goes row by row
             except NotImplementedError:
                 raise InputError(
                     f"{self.path}: the type {tensor.kind.name} can't be dequantized; use another file"

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from nf4.errors import InputError
-from nf4.formats.files import read_json, write_json
+from nf4.formats.files import atomic_write, read_json, write_json
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -94,7 +94,8 @@ class Tokenizer:
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        write_json(directory / "tokenizer.json", json.loads(self._backend.to_str()))
+        with atomic_write(directory / "tokenizer.json") as file:
+            file.write(self._backend.to_str(pretty=True).encode("utf-8"))
         write_json(directory / "tokenizer_config.json", config)
 
 
