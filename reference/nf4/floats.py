@@ -69,4 +69,5 @@ def round_to_float32(x: Fraction) -> np.float32:
         top -= 1
     ulp = max(top - 23, -149)
     significand = round(size / Fraction(2) ** ulp)  # Fraction rounds half to even
-    return np.float32(math.copysign(math.ldexp(significand, ulp), x))
+    with np.errstate(over="ignore"):
+        return np.float32(math.copysign(math.ldexp(significand, ulp), x))

@@ -118,7 +118,7 @@ def dequantize(
     """Return the values of q as an array of q.shape, or out filled with them (NF4-4; NF4-6.4 if nested).
 
     dtype is float32, float16 or bfloat16; by default that of out, or else q.dtype. out is C-contiguous, of
-    q.shape or flat, and of dtype. Raises InputError where out or dtype do not fit.
+    q.shape or flat, and of dtype. Raises InputError where out or dtype do not fit or an absmax is not finite.
     """
     kind = np.dtype(dtype) if dtype is not None else out.dtype if out is not None else q.dtype
     check_dtype(kind)
@@ -130,5 +130,11 @@ def dequantize(
             f"must be contiguous {kind} of shape {list(q.shape)} or [{q.size}]"
         )
     absmax = decode_nested(q.absmax) if isinstance(q.absmax, NestedAbsmax) else q.absmax
+    finite = np.isfinite(absmax)
+    if not finite.all():
+        block = int(np.argmin(finite))
+        raise InputError(
+            f"cannot dequantize: the absmax of block {block} is {absmax[block]}; the tensor is damaged"
+        )
     decode(q.codes, absmax, q.block_size, q.codebook, out.reshape(-1))
     return out
