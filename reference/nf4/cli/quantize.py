@@ -93,8 +93,9 @@ def _tensor_error(source: Checkpoint, written: Checkpoint, name: str) -> tuple[i
     flat = x.reshape(-1)
     error = power = 0.0
     for start in range(0, size, _CHUNK):
-        original = flat[start : start + _CHUNK].astype(np.float64)
-        power += float(original @ original)
-        original -= decoded[start : start + _CHUNK]
-        error += float(original @ original)
+        part = flat[start : start + _CHUNK].astype(np.float64)
+        difference = part - decoded[start : start + _CHUNK]
+        # Not a dot product: BLAS would start its threads for each of these small pieces.
+        power += float(np.square(part, out=part).sum())
+        error += float(np.square(difference, out=difference).sum())
     return size, nbytes, error, power
