@@ -85,6 +85,11 @@ def break_index_path(directory: Path) -> str:
     content = json.loads(index.read_text())
     content["weight_map"][Q_PROJ] = "../../etc/passwd"
     index.write_text(json.dumps(content))
+    return "'../../etc/passwd' is missing"
+
+
+def break_index_type(directory: Path) -> str:
+    edit_json(directory / "model.safetensors.index.json", weight_map={Q_PROJ: 3})
     return "isn't a file name"
 
 
@@ -95,7 +100,14 @@ def break_index_empty(directory: Path) -> str:
 
 @pytest.mark.parametrize(
     "damage",
-    [break_shard, break_index_absent_tensor, break_index_leaves_out, break_index_path, break_index_empty],
+    [
+        break_shard,
+        break_index_absent_tensor,
+        break_index_leaves_out,
+        break_index_path,
+        break_index_type,
+        break_index_empty,
+    ],
 )
 def test_broken_shards_are_refused(damage: Callable[[Path], str], tiny_model: Build, tmp_path: Path) -> None:
     source = tiny_model(tmp_path / "m")

@@ -286,6 +286,8 @@ def test_sentencepiece() -> None:
         ({"tokenizer.ggml.model": "bert"}, "'bert' isn't supported"),
         ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "'tekken'"),
         ({"tokenizer.ggml.tokens": []}, "no tokenizer"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "no tokenizer"),
+        ({"tokenizer.ggml.scores": ["a"] * len(PIECES)}, "can't read it"),
         ({"tokenizer.ggml.scores": [1.0]}, "a score for each"),
         ({"tokenizer.ggml.token_type": [1]}, "token types"),
     ],

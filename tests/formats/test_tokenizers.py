@@ -121,6 +121,8 @@ def test_what_is_refused(tiny_model: Build, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "m")
     with pytest.raises(InputError, match=r"ids up to 256, but the model's vocabulary is 256"):
         load_tokenizer(model, {"vocab_size": 256})
+    with pytest.raises(InputError, match="vocab_size None"):
+        load_tokenizer(model, {})
     (model / "tokenizer.json").write_text('{"model": 1}')
     with pytest.raises(InputError, match="can't read it"):
         open_checkpoint(model).tokenizer()

@@ -65,14 +65,15 @@ class HuggingFaceCheckpoint:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: its weight_map is missing or empty")
+        present = {file.name for file in self.path.iterdir()}
         shards: dict[str, SafetensorsFile] = {}
         found: dict[str, SafetensorsFile] = {}
         for name, shard in weight_map.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str):
                 raise InputError(f"{index}: {name!r} is mapped to {shard!r}, which isn't a file name")
             if shard not in shards:
-                if not (self.path / shard).exists():
-                    raise InputError(f"{self.path}: the shard {shard} is missing; download it again")
+                if shard not in present:  # nor is anything outside this directory
+                    raise InputError(f"{self.path}: the shard {shard!r} is missing; download it again")
                 shards[shard] = SafetensorsFile(self.path / shard)
             shards[shard].entry(name)
             found[name] = shards[shard]

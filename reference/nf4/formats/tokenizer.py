@@ -131,7 +131,9 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
-def _check_vocabulary(tokenizer: Tokenizer, model_vocab: int, where: str) -> Tokenizer:
+def _check_vocabulary(tokenizer: Tokenizer, model_vocab: Any, where: str) -> Tokenizer:
+    if type(model_vocab) is not int:
+        raise InputError(f"{where}: the model's config.json has vocab_size {model_vocab!r}, not a number")
     if tokenizer.vocab_size > model_vocab:
         raise InputError(
             f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary is "
@@ -143,6 +145,8 @@ def _check_vocabulary(tokenizer: Tokenizer, model_vocab: int, where: str) -> Tok
 def _build(make: Callable[[], tokenizers.Tokenizer], where: str) -> tokenizers.Tokenizer:
     try:
         return make()
+    except InputError:
+        raise
     except Exception as error:  # the library raises nothing more precise
         raise InputError(f"{where}: the tokenizers library can't read it ({error})") from None
 
@@ -186,7 +190,7 @@ def load_tokenizer(directory: Path, model_config: Mapping[str, Any]) -> Tokenize
         eos_ids=eos,
         chat_template=_template(directory, options),
     )
-    return _check_vocabulary(tokenizer, model_config["vocab_size"], str(path))
+    return _check_vocabulary(tokenizer, model_config.get("vocab_size"), str(path))
 
 
 def _template(directory: Path, options: Mapping[str, Any]) -> str | None:
@@ -199,7 +203,8 @@ def _template(directory: Path, options: Mapping[str, Any]) -> str | None:
             raise InputError(f"{path}: isn't UTF-8") from None
     found = options.get("chat_template")
     if isinstance(found, list):  # several, by name
-        found = next((item.get("template") for item in found if item.get("name") == "default"), None)
+        named = [item for item in found if isinstance(item, dict) and item.get("name") == "default"]
+        found = named[0].get("template") if named else None
     return found if isinstance(found, str) else None
 
 
@@ -208,54 +213,52 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], model_vocab: int, where: st
 
     Raises InputError on other kinds, and on ids beyond the model's vocabulary.
     """
-    kind, tokens = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise InputError(f"{where}: holds no tokenizer; use the Hugging Face directory of the model")
-    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
-    if len(types) != len(tokens):
-        raise InputError(f"{where}: {len(tokens)} tokens, but {len(types)} token types")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if kind == "gpt2":
-        backend = _build(lambda: _byte_level(metadata, vocab, where), where)
-    elif kind == "llama":
-        backend = _build(lambda: _sentencepiece(metadata, vocab, where), where)
-    else:
-        raise InputError(
-            f"{where}: tokenizer {kind!r} isn't supported; use the Hugging Face directory of the model"
-        )
-    backend.add_special_tokens(
-        [
-            AddedToken(t, normalized=False)
-            for t, c in zip(tokens, types, strict=True)
-            if c in (CONTROL, UNKNOWN)
-        ]
-    )
-    backend.add_tokens(
-        [AddedToken(t, normalized=False) for t, c in zip(tokens, types, strict=True) if c == USER_DEFINED]
-    )
     special = {}
     for key, name in zip(SPECIAL, ("bos", "eos", "unknown", "padding"), strict=True):
         i = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if isinstance(i, int) and 0 <= i < len(tokens):
             special[key] = tokens[i]
-    add_bos = metadata.get(
-        "tokenizer.ggml.add_bos_token", kind == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
-    )
-    if add_bos and "bos_token" in special:
-        bos = special["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
-        )
     eos = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     template = metadata.get("tokenizer.chat_template")
     tokenizer = Tokenizer(
-        backend,
+        _build(lambda: _gguf_backend(metadata, tokens, special.get("bos_token"), where), where),
         where=where,
         special=special,
         eos_ids=[i for i in eos if isinstance(i, int)],
         chat_template=template if isinstance(template, str) else None,
     )
     return _check_vocabulary(tokenizer, model_vocab, where)
+
+
+def _gguf_backend(
+    metadata: Mapping[str, Any], tokens: Sequence[str], bos: str | None, where: str
+) -> tokenizers.Tokenizer:
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if kind == "gpt2":
+        backend = _byte_level(metadata, vocab, where)
+    elif kind == "llama":
+        backend = _sentencepiece(metadata, vocab, where)
+    else:
+        raise InputError(
+            f"{where}: tokenizer {kind!r} isn't supported; use the Hugging Face directory of the model"
+        )
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise InputError(f"{where}: {len(tokens)} tokens, but {len(types)} token types")
+    typed = list(zip(tokens, types, strict=True))
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t, c in typed if c in (CONTROL, UNKNOWN)])
+    backend.add_tokens([AddedToken(t, normalized=False) for t, c in typed if c == USER_DEFINED])
+    if bos is not None and metadata.get(
+        "tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe"
+    ):
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, vocab[bos])]
+        )
+    return backend
 
 
 def _byte_level(metadata: Mapping[str, Any], vocab: dict[str, int], where: str) -> tokenizers.Tokenizer:
