@@ -31,7 +31,7 @@ def ascii_text(text: str) -> str:
 
 
 def paragraphs(raw: str) -> str:
-    """The body of the file (from the first chapter's text on), each paragraph on one line, tables left out."""
+    """The body of the file (from the first chapter on), each paragraph on one line, tables left out."""
     body = raw[raw.rindex("Hacker Slang and Hacker Culture") :]
     blocks = (block for block in re.split(r"\n\s*\n", body) if not _RULE.search(block))
     lines = (" ".join(ascii_text(block).split()) for block in blocks)

@@ -1,4 +1,4 @@
-"""Makes the bundled model: `python -m nf4.bundled.train JARGON.TXT OUT` trains it from nothing, with this project's own code."""
+"""Makes the bundled model from nothing: `python -m nf4.bundled.train JARGON.TXT OUT`."""
 
 import json
 import shutil
@@ -100,15 +100,19 @@ def main(jargon: Path, out: Path, steps: int, seed: int) -> None:
             seq_len=256,
             eval_every=250,
             resume=work.exists(),
-        )  # fmt: skip
+        )
     )
     with atomic_directory(out / "model") as made:
         write_tokenizer(made)
         tokenizer = load_tokenizer(made, CONFIG)
         data = load_data(
-            options.data, tokenizer, options.seq_len, max_positions=config.max_position_embeddings,
-            eval_path=options.eval_data, seed=seed,
-        )  # fmt: skip
+            options.data,
+            tokenizer,
+            options.seq_len,
+            max_positions=config.max_position_embeddings,
+            eval_path=options.eval_data,
+            seed=seed,
+        )
         train_loop(
             model,
             tokenizer,
