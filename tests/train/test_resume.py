@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
+from nf4.errors import InputError
 from nf4.train import snapshot
-from nf4.train.log import read_log
+from nf4.train.log import TrainingLog, read_log
 
 Nf4 = Callable[..., Result]
 Start = Callable[[Sequence[object]], "subprocess.Popen[str]"]
@@ -161,6 +162,17 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     assert "Traceback" not in process.stderr
     assert (out / snapshot.NAME).read_bytes() == before
     assert not list(out.rglob("*.tmp"))
+
+
+def test_a_full_disk_ends_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        TrainingLog(tmp_path / "log", step=0, eval_before=5.0) as log,
+        open("/dev/full", "ab", buffering=0) as full,
+    ):
+        monkeypatch.setattr(log, "_file", full)
+        with pytest.raises(InputError, match=r"log: can't be written \(No space left on device\)"):
+            log.write({"step": 1})
+    assert read_log(tmp_path / "log") == [{"step": 0, "eval_loss": 5.0}]
 
 
 def test_steps_may_grow(tmp_path: Path, model: Path, text: Path, nf4: Nf4) -> None:

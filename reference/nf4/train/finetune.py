@@ -235,6 +235,10 @@ def new_adapters(model: Llama, options: FinetuneOptions) -> dict[str, LoRA]:
 def save_parameters(directory: Path, model: Llama) -> None:
     """Write a model trained in full as directory/model.safetensors. Raises InputError if the disk refuses."""
     params = model.trainable("full")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{directory}: can't be made ({error.strerror})") from None
     specs = {name: TensorSpec(p.dtype, p.shape) for name, p in params.items()}
     with SafetensorsWriter(directory / "model.safetensors", specs) as writer:
         for name, p in params.items():
@@ -327,40 +331,22 @@ class _Loop:
             self._resume()
         else:
             self._begin()
-        options, tokens, before = self.options, 0, self.progress.seconds
-        order = ordering(
-            [len(example) for example in self.data.train],
-            seed=options.seed,
-            batch_size=options.batch_size,
-            group_by_length=options.group_by_length,
-        )
-        self.report.start(self.progress.step, options.steps)
+        seconds = self.progress.seconds
         log = TrainingLog(self.out / LOG, step=self.progress.step, eval_before=self.progress.eval_before)
-        with log, _interrupts() as interrupted:
-            while self.progress.step < options.steps and not interrupted():
-                record = self._step(order)
-                log.write(record)
-                self.report.step(record)
-                tokens += record["tokens"]
-                step = self.progress.step
-                evaluates = step == options.steps or (
-                    options.eval_every > 0 and step % options.eval_every == 0
-                )
-                if evaluates:
-                    self._evaluate(log)
-                saves = step % options.save_every == 0 if options.save_every else evaluates
-                if saves or step == options.steps:
-                    self._save_checkpoint(log)
-            if self.saved_step != self.progress.step:
-                self._save_checkpoint(log)
-        self.save(self.out)
-        draw(self.out / LOG, self.out / PICTURE)
+        try:
+            tokens = self._train(log)
+            self.save(self.out)
+            draw(self.out / LOG, self.out / PICTURE)
+        except InputError as error:  # the input was good when the run began: it is the disk
+            raise CheckFailed(
+                f"{error}; the checkpoint of step {self.saved_step} is whole: --resume from it"
+            ) from error
         progress = self.progress
         return FinetuneResult(
             out=self.out,
             step=progress.step,
-            steps=options.steps,
-            interrupted=progress.step < options.steps,
+            steps=self.options.steps,
+            interrupted=progress.step < self.options.steps,
             eval_before=progress.eval_before,
             eval_after=progress.eval_last,
             best_loss=progress.best_loss,
@@ -369,8 +355,35 @@ class _Loop:
             sample_before=progress.sample_before,
             sample_after=self._sample()[1],
             tokens=tokens,
-            seconds=progress.seconds - before,
+            seconds=progress.seconds - seconds,
         )
+
+    def _train(self, log: TrainingLog) -> int:
+        """Make the steps that are left, or those up to a Ctrl-C; return the tokens they took."""
+        options, tokens = self.options, 0
+        order = ordering(
+            [len(example) for example in self.data.train],
+            seed=options.seed,
+            batch_size=options.batch_size,
+            group_by_length=options.group_by_length,
+        )
+        self.report.start(self.progress.step, options.steps)
+        with log, _interrupts() as interrupted:
+            while self.progress.step < options.steps and not interrupted():
+                record = self._step(order)
+                log.write(record)
+                self.report.step(record)
+                tokens += record["tokens"]
+                step = self.progress.step
+                last = step == options.steps
+                evaluates = last or (options.eval_every > 0 and step % options.eval_every == 0)
+                if evaluates:
+                    self._evaluate(log)
+                if last or (step % options.save_every == 0 if options.save_every else evaluates):
+                    self._save_checkpoint(log)
+            if self.saved_step != self.progress.step:
+                self._save_checkpoint(log)
+        return tokens
 
     def _begin(self) -> None:
         """Measure the untrained model and write the checkpoint of step 0: from here it can be resumed."""
@@ -437,7 +450,6 @@ class _Loop:
         self.report.evaluation(progress.step, loss)
         if progress.best_loss is None or loss < progress.best_loss:
             # Before the checkpoint that knows of it: a kill between the two only makes the run find it again.
-            (self.out / BEST).mkdir(exist_ok=True)
             self.save(self.out / BEST)
             progress.best_loss, progress.best_step = loss, progress.step
 
@@ -459,14 +471,7 @@ class _Loop:
     def _save_checkpoint(self, log: TrainingLog | None) -> None:
         if log is not None:
             log.sync()
-        try:
-            snapshot.save(self.checkpoint, self.optimizer, self.progress, self.identity)
-        except InputError as error:
-            if not self.checkpoint.exists():
-                raise
-            raise CheckFailed(
-                f"{error}; the checkpoint of step {self.saved_step} is whole: --resume from it"
-            ) from None
+        snapshot.save(self.checkpoint, self.optimizer, self.progress, self.identity)
         self.saved_step = self.progress.step
 
     def _sample(self) -> tuple[str, str]:

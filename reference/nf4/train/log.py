@@ -1,12 +1,15 @@
 """training_log.jsonl, an object a step and one an evaluation, and the picture drawn from it."""
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nf4.errors import CheckFailed, InputError
+from nf4.errors import InputError
 from nf4.formats.files import atomic_write
 
 NAME = "training_log.jsonl"
@@ -18,7 +21,7 @@ _WINDOW = 20  # the drawn average of the training loss takes this part of the st
 class TrainingLog:
     """The log of a run, open for appending after the line of a given step.
 
-    What comes after that step, or was torn by a kill, is cut away first. Raises CheckFailed when the disk
+    What comes after that step, or was torn by a kill, is cut away first. Raises InputError when the disk
     refuses.
     """
 
@@ -29,7 +32,7 @@ class TrainingLog:
             kept = [{"step": 0, "eval_loss": eval_before}]
         with atomic_write(path) as file:
             file.write("".join(map(_line, kept)).encode())
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # no bytes left over to fail again on closing
 
     def __enter__(self) -> "TrainingLog":
         return self
@@ -41,17 +44,22 @@ class TrainingLog:
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; a kill afterwards does not lose it."""
-        try:
-            self._file.write(_line(record).encode())
-            self._file.flush()
-        except OSError as error:
-            raise CheckFailed(
-                f"{self.path}: can't be written ({error.strerror}); make room and --resume"
-            ) from None
+        line = _line(record).encode()
+        with self._refusals():
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Bring the log to the disk, so that a checkpoint written next is never ahead of it."""
-        os.fsync(self._file.fileno())
+        with self._refusals():
+            os.fsync(self._file.fileno())
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(f"{self.path}: can't be written ({error.strerror})") from None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
