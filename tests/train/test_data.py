@@ -171,6 +171,7 @@ def test_evenly(n: int, most: int) -> None:
         ("a.txt", b"", "the file is empty"),
         ("a.txt", b" \n\n", "the file is empty"),
         ("a.txt", b"fine so far \xff", "byte 0xff at offset 12 is not UTF-8"),
+        ("a.json", b'[{"text": "a"}]', "give JSON lines, an object a line"),
         ("a.txt", b"short", "5 tokens are too few"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', r"a\.jsonl:2: not a JSON object: .* at column"),
         ("a.jsonl", b'["text"]', r"a\.jsonl:1: a JSON list"),

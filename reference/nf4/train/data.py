@@ -107,6 +107,8 @@ class _Loader:
 
     def load(self, path: Path, split_seed: int | None) -> tuple[list[Example], list[Example]]:
         """Return (train, held out); the second is empty without a split_seed."""
+        if path.suffix.lower() == ".json":
+            raise InputError(f"{path}: give JSON lines, an object a line, in a file named .jsonl")
         text = _decode(path, _read(path))
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             return self._examples(path, text, split_seed)
