@@ -120,10 +120,8 @@ class _Loader:
         # Windows of one part end with it, so no token of the held-out part is ever a training target.
         train, heldout = windows(tokens[:cut], self.seq_len), windows(tokens[cut:], self.seq_len)
         if not train or (split_seed is not None and not heldout):
-            raise InputError(
-                f"{path}: {len(tokens)} tokens are too few to learn from with a tenth held out; give more"
-                + ("" if split_seed is None else ", or the held-out text by --eval-data")
-            )
+            way = "" if split_seed is None else ", or the held-out text by --eval-data"
+            raise InputError(f"{path}: {len(tokens)} tokens are too few; give more{way}")
         return train, heldout
 
     def _examples(self, path: Path, text: str, split_seed: int | None) -> tuple[list[Example], list[Example]]:
