@@ -14,6 +14,7 @@ import pytest
 from nf4.codebooks import CODEBOOKS
 from nf4.formats.checkpoint import LINEAR_WEIGHT, open_checkpoint
 from nf4.formats.files import SafetensorsWriter, TensorSpec
+from nf4.formats.huggingface import HuggingFaceCheckpoint
 from nf4.model.config import LlamaConfig
 from nf4.model.llama import parameter_shapes
 from safetensors.numpy import load_file, save_file
@@ -199,3 +200,19 @@ def test_memory_stays_under_three_times_the_largest_tensor(
     assert int(done.stdout.splitlines()[-1]) < 3 * largest
     if command == "quantize":
         assert len(open_checkpoint(tmp_path / "out").names()) == len(specs)
+
+
+@pytest.mark.parametrize("command", ["quantize", "dequantize"])
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, model: Path, run: Run, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    read = HuggingFaceCheckpoint.read
+
+    def interrupted(self: HuggingFaceCheckpoint, name: str) -> Any:
+        if name == "model.layers.1.mlp.up_proj.weight":
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    monkeypatch.setattr(HuggingFaceCheckpoint, "read", interrupted)
+    assert "interrupted" in run(command, model, tmp_path / "out", exit_code=130)
+    assert os.listdir(tmp_path) == []

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nf4 import bundled
 from nf4.cli.generate import pieces
 from nf4.cli.merge import drift
 from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
@@ -243,3 +244,14 @@ def test_as_a_program(tmp_path: Path, model: Path) -> None:
     assert refused.stderr.startswith("nf4: ")
     assert "Traceback" not in refused.stderr
     assert refused.stdout == ""
+
+
+def test_the_bundled_model_is_the_default_and_nf4_hardly_hurts_it(tmp_path: Path, run_json: RunJson) -> None:
+    answer = run_json("generate", "--prompt", "hacker: ", "--max-tokens", 20)
+    assert len(answer["text"]) == 20  # a character a token
+    text = tmp_path / "part.txt"
+    text.write_bytes(bundled.HELDOUT_TEXT.read_bytes()[:4000])
+    exact = run_json("eval", bundled.MODEL, text)
+    rounded = run_json("eval", bundled.MODEL, text, "--codebook", "nf4")
+    assert exact["loss"] < 2.0  # it has learned to write: a uniform guess is 5.5
+    assert 0 < rounded["loss"] - exact["loss"] < 0.05
