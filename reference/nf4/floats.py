@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ FLOAT32 = np.dtype(np.float32)
 DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 
 
-def widen_into(out: NDArray[np.float32], x: NDArray[np.generic]) -> None:
+def widen_into(out: NDArray[np.float32], x: NDArray[Any]) -> None:
     """Write x (float32, float16 or bfloat16) into out (float32) of the same shape, exactly (NF4-7.1)."""
     if x.dtype == BFLOAT16:
         np.left_shift(x.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
@@ -21,41 +22,41 @@ def widen_into(out: NDArray[np.float32], x: NDArray[np.generic]) -> None:
         np.copyto(out, x)
 
 
-def widen(x: NDArray[np.generic]) -> NDArray[np.float32]:
+def widen(x: NDArray[Any]) -> NDArray[np.float32]:
     """Return x (float32, float16 or bfloat16, any shape) as a new float32 array, exactly (NF4-7.1)."""
     out = np.empty(x.shape, np.float32)
     widen_into(out, x)
     return out
 
 
-def narrow_into(out: NDArray[np.generic], x: NDArray[np.float32], scratch: NDArray[np.uint32]) -> None:
+def narrow_into(out: NDArray[Any], x: NDArray[np.float32], scratch: NDArray[np.uint32]) -> None:
     """Round x (float32, no NaN) to the dtype of out, to nearest with ties to even (NF4-7.2, NF4-7.3).
 
     The three have one shape; scratch may share no memory with x. For values that may be NaN use narrow.
     """
-    if out.dtype == BFLOAT16:
-        bits = x.view(np.uint32)
-        np.right_shift(bits, 16, out=scratch)
-        scratch &= np.uint32(1)  # the last bit kept: adding it to 0x7fff sends ties to even
-        scratch += np.uint32(0x7FFF)
-        scratch += bits
-        np.right_shift(scratch, 16, out=out.view(np.uint16), casting="unsafe")
-    else:
-        with np.errstate(over="ignore", under="ignore"):  # float16: beyond 65520 is infinite, as everywhere
-            np.copyto(out, x, casting="same_kind")
+    if out.dtype != BFLOAT16:
+        np.copyto(out, x, casting="same_kind")
+        return
+    bits = x.view(np.uint32)
+    np.right_shift(bits, np.uint32(16), out=scratch)
+    scratch &= np.uint32(1)  # the last bit kept: adding it to 0x7fff sends ties to even
+    scratch += np.uint32(0x7FFF)
+    scratch += bits
+    scratch >>= np.uint32(16)
+    np.copyto(out.view(np.uint16), scratch, casting="unsafe")
 
 
-def narrow(x: NDArray[np.float32], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+def narrow(x: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return x (float32, any shape) rounded once to dtype: float32, float16 or bfloat16 (NF4-7.2, NF4-7.3).
 
     A NaN stays a NaN, with its sign: in bfloat16 its payload becomes that of the quiet NaN 0x7fc0.
     """
     out = np.empty(x.shape, dtype)
-    narrow_into(out, x, np.empty(x.shape, np.uint32))
+    with np.errstate(over="ignore", under="ignore"):
+        narrow_into(out, x, np.empty(x.shape, np.uint32))
     if dtype == BFLOAT16:
-        nan = np.isnan(x)  # the addition above may have carried a NaN's payload into the sign
-        if nan.any():
-            out.view(np.uint16)[nan] = np.where(np.signbit(x[nan]), 0xFFC0, 0x7FC0)
+        nan = np.isnan(x)  # the addition may have carried a NaN's payload into the sign
+        out.view(np.uint16)[nan] = np.where(np.signbit(x[nan]), 0xFFC0, 0x7FC0)
     return out
 
 

@@ -96,6 +96,17 @@ def test_a_zero_block_of_nf4_has_code_7() -> None:
     assert quantize(np.zeros(5, np.float32)).codes.tolist() == [0x77, 0x77, 0x77]
 
 
+@pytest.mark.parametrize(
+    ("absmax", "half"), [(0x40008000, 0x3F80), (0x40018000, 0x3F82), (0x40008001, 0x3F81)]
+)
+def test_a_product_between_two_bfloat16_goes_to_even(absmax: int, half: int) -> None:
+    x = from_bits([absmax, absmax - 0x00800000], "float32")  # code 5 of fp4 is 1/2
+    q = quantize(x, 32, "fp4")
+    assert nibbles(q) == [3, 5]
+    assert bits_of(dequantize(q, DTYPES["bfloat16"])) == [half + 0x80, half]
+    check(bits_of(x) * 33, "float32", 64, "fp4")
+
+
 def test_the_negative_zero_of_fp4_e2m1_decodes_with_its_sign() -> None:
     q = QuantizedTensor(
         np.array([0x80], np.uint8), np.ones(1, np.float32), (2,), DTYPES["float32"], 32, CODEBOOKS["fp4-e2m1"]
