@@ -139,26 +139,40 @@ class LoRALinear:
     lora: LoRA | None = None
 
     def forward(
-        self, x: Array, dropout: Dropout | None = None, space: Workspace | None = None
+        self,
+        x: Array,
+        dropout: Dropout | None = None,
+        space: Workspace | None = None,
+        out: Array | None = None,
     ) -> tuple[Array, LoRACache]:
-        """x [T, in] -> y [T, out] and the cache of backward. Without `dropout`, nothing is dropped."""
+        """x [T, in] -> y [T, out] (written into out) and the cache of backward (NF4-9.2).
+
+        Without `dropout`, nothing is dropped.
+        """
         space = space or Workspace()
-        y = x @ space.weight(self.weight, x.dtype).T  # [T, out]
+        y: Array = np.matmul(x, space.weight(self.weight, x.dtype).T, out=out)  # [T, out]
         if self.bias is not None:
             y += self.bias.astype(x.dtype, copy=False)
+        cache = self.project(x, dropout, space)
+        if self.lora is not None and cache.z is not None:
+            B = self.lora.B.astype(x.dtype, copy=False)
+            scaled = cache.z * x.dtype.type(self.lora.scale)  # [T, r]
+            y += np.matmul(scaled, B.T, out=space.take("output", y.shape, y.dtype))
+        return y, cache
+
+    def project(self, x: Array, dropout: Dropout | None, space: Workspace) -> LoRACache:
+        """The cache of forward without its output: all that a recomputation for backward needs."""
         lora = self.lora
         if lora is None:
-            return y, LoRACache(x, None, None, None)
-        A, B = lora.A.astype(x.dtype, copy=False), lora.B.astype(x.dtype, copy=False)
+            return LoRACache(x, None, None, None)
         cache = LoRACache(x, None, None, dropout if lora.dropout > 0 else None)
         kept = x
         if cache.dropout is not None:
             cache.bits = cache.dropout.mask(lora, x.shape[1])
             kept = cache.dropout.apply(cache.bits, x, space.take("input", x.shape, x.dtype))
-        cache.z = kept @ A.T  # [T, r]
+        cache.z = kept @ lora.A.astype(x.dtype, copy=False).T  # [T, r]
         cache.z *= self._keep_scale(cache)
-        y += np.matmul(cache.z * x.dtype.type(lora.scale), B.T, out=space.take("output", y.shape, y.dtype))
-        return y, cache
+        return cache
 
     def backward(
         self, dout: Array, cache: LoRACache, space: Workspace | None = None, need_dx: bool = True

@@ -11,9 +11,8 @@ from nf4.lora import Workspace
 
 Array = NDArray[Any]
 
-BLOCK = (
-    128  # queries at a time: causality then skips most of the keys to come, and the scores stay in the cache
-)
+# Queries at a time: causality then skips most of the keys to come, and the scores stay in the cache.
+BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,15 @@ def attend(
     window: int | None,
     space: Workspace,
     block: int = BLOCK,
+    out: Array | None = None,
 ) -> tuple[Array, Array]:
     """softmax(q k^T / sqrt(dim)) v within each sequence, a query seeing itself and what came before.
 
     q [T, kv_heads * group * dim]; k, v [S, kv_heads * dim]. S is T, or more with one sequence whose last T
     positions are the queries. window: how many positions, its own included, a query sees; None for all.
-    Returns out, as q, and the log of each softmax's denominator [T, kv_heads * group], which backward takes.
+    Returns out, shaped as q, and the log of each softmax's denominator [T, heads], which backward takes.
     """
-    out = np.empty_like(q)
+    out = np.empty_like(q) if out is None else out
     lse = np.empty((len(q), heads.kv_heads * heads.group), q.dtype)
     for a, b, first, last, hidden in _blocks(lengths, len(k) - len(q), window, block):
         for g in range(heads.kv_heads):

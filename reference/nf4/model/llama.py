@@ -1,6 +1,7 @@
 """The Llama-family model: forward, loss, and hand-written gradients of adapters or of every parameter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -111,11 +112,12 @@ class _Kept:
 class _Call:
     """What one pass over a batch shares between layers; a thread has its own, so the model is re-entrant."""
 
+    space: Workspace
     lengths: tuple[int, ...]
     tables: tuple[Array, Array]
-    dropout: Dropout | None
-    space: Workspace = field(default_factory=Workspace)
+    dropout: Dropout | None = None
     cache: KVCache | None = None
+    inputs_last: bool = False  # the inputs of all layers are needed until backward
 
 
 class Llama:
@@ -144,6 +146,7 @@ class Llama:
         self._layers = [self._layer(i) for i in range(config.num_hidden_layers)]
         with_adapters = [i for i, layer in enumerate(self._layers) if layer.adapted(TARGETS)]
         self._lowest_adapted = min(with_adapters, default=config.num_hidden_layers)
+        self._spaces: list[Workspace] = []  # not in use; a step's memory serves the next, without page faults
 
     def _vector(self, name: str) -> Array:
         found = self.params[name]
@@ -195,13 +198,13 @@ class Llama:
 
     def loss(self, batch: Batch) -> float:
         """The sum of the token losses, in float64 (no dropout)."""
-        call = self._call(batch.ids, batch.targets, batch.lengths)
-        x = self._embed(batch.ids)
-        for layer in self._layers:
-            x, _ = self._forward(layer, x, call, keep=False)
-        rows = np.flatnonzero(batch.targets != IGNORED)
-        y, _ = rms_norm(x[rows], self._vector(FINAL_NORM), self.config.rms_norm_eps)
-        return head_loss(y, self._head(call), batch.targets[rows], call.space)[0]
+        with self._call(batch.ids, batch.targets, batch.lengths) as call:
+            x = self._embed(batch.ids)
+            for i in range(len(self._layers)):
+                x, _ = self._forward(i, x, call, keep=False)
+            rows = np.flatnonzero(batch.targets != IGNORED)
+            y, _ = rms_norm(x[rows], self._vector(FINAL_NORM), self.config.rms_norm_eps)
+            return head_loss(y, self._head(call), batch.targets[rows], call.space)[0]
 
     def logits(
         self, ids: NDArray[np.integer[Any]], cache: KVCache | None = None, last: bool = False
@@ -211,15 +214,16 @@ class Llama:
         last: only the row of the last position, [1, vocabulary].
         """
         past = 0 if cache is None else cache.length
-        call = self._call(ids, None, (len(ids),), past)
-        call.cache = cache
-        x = self._embed(ids)
-        for i, layer in enumerate(self._layers):
-            x, _ = self._forward(layer, x, call, keep=False, index=i)
-        if cache is not None:
-            cache.length += len(ids)
-        y, _ = rms_norm(x[-1:] if last else x, self._vector(FINAL_NORM), self.config.rms_norm_eps)
-        return y @ self._head(call).T
+        with self._call(ids, None, (len(ids),), past) as call:
+            call.cache = cache
+            x = self._embed(ids)
+            for i in range(len(self._layers)):
+                x, _ = self._forward(i, x, call, keep=False)
+            if cache is not None:
+                cache.length += len(ids)
+            y, _ = rms_norm(x[-1:] if last else x, self._vector(FINAL_NORM), self.config.rms_norm_eps)
+            logits: Array = y @ self._head(call).T
+            return logits
 
     def loss_and_grads(
         self, batch: Batch, *, loss_scale: float, train: Train, checkpointing: bool, seed: int
@@ -229,21 +233,27 @@ class Llama:
         train: "lora" for the adapters, "full" for every parameter. checkpointing: keep only each layer's
         input and compute the rest again in backward, with the same result bit for bit. seed keys the dropout.
         """
-        call = self._call(batch.ids, batch.targets, batch.lengths)
-        full = train == "full"
         names = list(self.trainable(train))
+        with self._call(batch.ids, batch.targets, batch.lengths) as call:
+            call.inputs_last = True
+            if train == "lora":
+                call.dropout = Dropout(seed, batch.lengths, batch.samples)
+            loss, grads = self._loss_and_grads(batch, loss_scale, train == "full", checkpointing, call)
+        return loss, {name: grads[name] for name in names}
+
+    def _loss_and_grads(
+        self, batch: Batch, loss_scale: float, full: bool, checkpointing: bool, call: _Call
+    ) -> tuple[float, dict[str, Array]]:
         grads: dict[str, Array] = {}
-        if not full:
-            call.dropout = Dropout(seed, batch.lengths, batch.samples)
         bottom = 0 if full else self._lowest_adapted
         x = self._embed(batch.ids)
         inputs: list[Array] = []
         kept: list[_Kept] = []
-        for i, layer in enumerate(self._layers):
+        for i in range(len(self._layers)):
             keep = i >= bottom and not checkpointing
             if i >= bottom and checkpointing:
                 inputs.append(x)
-            x, activations = self._forward(layer, x, call, keep)
+            x, activations = self._forward(i, x, call, keep)
             if activations is not None:
                 kept.append(activations)
 
@@ -265,30 +275,31 @@ class Llama:
         dx[rows] = rms_norm_backward(dy, x, norm, rstd)
         del x, y, dy
 
-        for layer in reversed(self._layers[bottom:]):
+        for i in reversed(range(bottom, len(self._layers))):
             if checkpointing:
-                _, activations = self._forward(layer, inputs.pop(), call, keep=True)
+                _, activations = self._forward(i, inputs.pop(), call, keep=True, need_y=False)
             else:
                 activations = kept.pop()
             assert activations is not None
-            is_bottom = not full and layer is self._layers[bottom]
-            self._backward(layer, dx, activations, call, grads, full, is_bottom)
+            is_bottom = not full and i == bottom
+            self._backward(self._layers[i], dx, activations, call, grads, full, is_bottom)
             del activations
 
         if full:
             if not self.config.tie_word_embeddings:
                 grads[EMBEDDING] = np.zeros(self._vector(EMBEDDING).shape, self.dtype)
             add_embedding_grad(grads[EMBEDDING], batch.ids, dx)
-        return loss, {name: grads[name] for name in names}
+        return loss, grads
 
+    @contextmanager
     def _call(
         self,
         ids: NDArray[np.integer[Any]],
         targets: NDArray[np.integer[Any]] | None,
         lengths: tuple[int, ...],
         past: int = 0,
-    ) -> _Call:
-        """Check the token ids and set up what the layers share."""
+    ) -> Iterator[_Call]:
+        """Check the token ids and set up what the layers share; its memory serves the next call."""
         vocabulary = self.config.vocab_size
         if len(ids) == 0 or sum(lengths) != len(ids) or min(lengths) < 1:
             raise InputError(f"a batch of {len(ids)} tokens has the sequence lengths {lengths}")
@@ -303,7 +314,12 @@ class Llama:
                     f"{what} {values[np.argmax(bad)]} is outside the model's vocabulary of {vocabulary}; "
                     "is this the model's own tokenizer?"
                 )
-        return _Call(lengths, rotation(self.config, lengths, self.dtype, past), None)
+        try:
+            space = self._spaces.pop()
+        except IndexError:
+            space = Workspace()
+        yield _Call(space, lengths, rotation(self.config, lengths, self.dtype, past))
+        self._spaces.append(space)
 
     def _embed(self, ids: NDArray[np.integer[Any]]) -> Array:
         rows: Array = self._vector(EMBEDDING)[ids]  # [T, hidden]
@@ -314,21 +330,25 @@ class Llama:
         return call.space.weight(self.params[name], self.dtype)  # [vocabulary, hidden]
 
     def _forward(
-        self, layer: _Layer, x: Array, call: _Call, keep: bool, index: int = 0
+        self, index: int, x: Array, call: _Call, keep: bool, need_y: bool = True
     ) -> tuple[Array, _Kept | None]:
-        """One layer: x [T, hidden] -> its output, and what backward needs if `keep`. x is left as it is."""
-        config, space, linears = self.config, call.space, layer.linears
+        """One layer: x [T, hidden] -> its output (or x unless need_y), and if `keep`, what backward needs."""
+        config, space, layer = self.config, call.space, self._layers[index]
+        linears = layer.linears
         lora: dict[str, LoRACache] = {}
+        # With checkpointing, and without backward, the layers share memory.
+        own = str(index) if keep and need_y else ""
 
-        def linear(target: str, rows: Array) -> Array:
-            y, cache = linears[target].forward(rows, call.dropout, space)
+        def linear(target: str, rows: Array, name: str) -> Array:
+            out = space.take(name, (len(rows), linears[target].weight.shape[0]), x.dtype)
+            y, cache = linears[target].forward(rows, call.dropout, space, out)
             cache.x = None  # computed again, or kept elsewhere
             lora[target] = cache
             return y
 
         normed = space.take("normed", x.shape, x.dtype)
         _, rstd = rms_norm(x, layer.input_norm, config.rms_norm_eps, normed)
-        q, k, v = linear("q_proj", normed), linear("k_proj", normed), linear("v_proj", normed)
+        q, k, v = (linear(f"{c}_proj", normed, f"{c}{own}") for c in "qkv")
         raw: dict[str, tuple[Array, Array]] = {}
         if layer.q_norm is not None and layer.k_norm is not None:
             by_head = (-1, config.head_dim)
@@ -341,15 +361,20 @@ class Llama:
         rotate(k, call.tables, config.head_dim, space)
         if call.cache is not None:
             k, v = call.cache.extend(index, k, v)
-        mixed, lse = attend(q, k, v, call.lengths, self.heads, layer.window, space)
-        middle = linear("o_proj", mixed)
+        mixed = space.take(f"mixed{own}", q.shape, q.dtype)
+        _, lse = attend(q, k, v, call.lengths, self.heads, layer.window, space, out=mixed)
+        middle = linear("o_proj", mixed, f"middle{own}")
         middle += x
 
         _, middle_rstd = rms_norm(middle, layer.post_norm, config.rms_norm_eps, normed)
-        gate, up = linear("gate_proj", normed), linear("up_proj", normed)
+        gate, up = (linear(f"{c}_proj", normed, f"{c}{own}") for c in ("gate", "up"))
         act = swiglu(gate, up, space.take("act", gate.shape, gate.dtype))
-        y = linear("down_proj", act)
-        y += middle
+        y = x
+        if need_y:
+            y = linear("down_proj", act, f"y{index if call.inputs_last else index % 2}")
+            y += middle
+        else:
+            lora["down_proj"] = linears["down_proj"].project(act, call.dropout, space)
         if not keep:
             return y, None
         return y, _Kept(x, rstd, q, k, v, raw, mixed, lse, middle, middle_rstd, gate, up, lora)

@@ -12,8 +12,8 @@ Array = NDArray[Any]
 IGNORED = -100  # the target that has no loss, as in PyTorch
 # Elementwise chains work on this many elements at a time, so that all passes but the first read the cache.
 _CACHED = 1 << 16
-# Logits that exist at a time: 32 MiB in float32.
-HEAD_ELEMENTS = 1 << 23
+# Logits that exist at a time: 64 MiB in float32.
+HEAD_ELEMENTS = 1 << 24
 
 
 def rms_norm(x: Array, weight: Array, eps: float, out: Array | None = None) -> tuple[Array, Array]:
