@@ -75,6 +75,23 @@ def test_absmax_at_the_ends_of_the_range(bits: int, name: str) -> None:
     check(parts * 5, "float32", 32, name)
 
 
+def test_the_reciprocal_is_rounded_before_the_product() -> None:
+    """Beside thresholds, where a true division gives other codes, in full blocks and in a short last one."""
+    rng = np.random.default_rng(0)
+    thresholds = CODEBOOKS["nf4"].thresholds
+    differing = 0
+    for _ in range(12):
+        absmax = np.float32(rng.uniform(1, 2))
+        near = thresholds * absmax
+        up, down = np.nextafter(near, np.float32(9)), np.nextafter(near, np.float32(-9))
+        block = np.concatenate([[absmax], near, up, down])  # 46 elements
+        x = np.concatenate([block, np.zeros(18, np.float32), block])
+        check(bits_of(x), "float32", 64, "nf4")
+        divided = (block / absmax)[:, None] > thresholds
+        differing += int(np.sum(divided.sum(axis=1) != nibbles(quantize(x))[64:]))
+    assert differing > 0
+
+
 def test_a_tiny_block_loses_nothing() -> None:
     x = np.linspace(-1, 1, 64, dtype=np.float32)
     assert np.array_equal(

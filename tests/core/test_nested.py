@@ -61,6 +61,17 @@ def test_codes_and_values(bits: list[int]) -> None:
     assert bits_of(decode_nested(nested)) == oracle.decode_nested(codes, scales, offset, MAP)
 
 
+def test_a_value_on_a_threshold_goes_down() -> None:
+    """Values in pairs around 0 with a 1 among 256 of them: offset 0, nested absmax 1, s the value itself."""
+    thresholds = from_bits(oracle.midpoints(MAP), "float32")[128:]  # those above 0
+    for group in np.split(thresholds[:126], 2):
+        x = np.concatenate([group, [np.float32(1)]])
+        nested = encode_nested(np.concatenate([x, -x]))
+        assert (nested.offset, nested.absmax.tolist()) == (0, [1])
+        first = int(np.searchsorted(thresholds, group[0])) + 128
+        assert nested.codes[:63].tolist() == list(range(first, first + 63))
+
+
 @pytest.mark.parametrize("n", [1, 256, 600])
 def test_equal_blocks_have_code_127_and_decode_exactly(n: int) -> None:
     nested = encode_nested(np.full(n, 0.3, np.float32))
