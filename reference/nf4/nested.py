@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -111,16 +112,30 @@ def exact_mean(x: NDArray[np.float32]) -> np.float32:
         piece = slice(start, start + (1 << 28))
         sums = np.bincount(exponents[piece], weights=signed[piece])
         for exponent in np.flatnonzero(sums):
-            total += int(sums[exponent]) << max(
-                int(exponent) - 1, 0
-            )  # a subnormal has the scale of exponent 1
+            scale = max(int(exponent), 1)  # a subnormal has the scale of exponent 1
+            total += int(sums[exponent]) << scale - 1
     return round_to_float32(Fraction(total, x.size << 149))
+
+
+@cache
+def _search_table() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Return (below uint8, limit float32), both [65536], indexed by the upper half of the bits of s.
+
+    below counts the thresholds strictly below every s with that upper half; limit is the next one. No two
+    thresholds share an upper half, so that the code of s is below + (s > limit): a search of one step.
+    """
+    keys = np.arange(65536, dtype=np.uint32) << np.uint32(16)
+    smallest = np.fmin(keys.view(np.float32), (keys | np.uint32(0xFFFF)).view(np.float32))
+    below = np.searchsorted(_THRESHOLDS, smallest, side="left")
+    limit = np.append(_THRESHOLDS, np.float32(np.inf))[below]
+    return below.astype(np.uint8), limit
 
 
 def encode_nested(absmax: NDArray[np.float32]) -> NestedAbsmax:
     """Return the 8-bit form of absmax [blocks] (NF4-6.1 to NF4-6.3). absmax must be finite."""
     offset = exact_mean(absmax)
     codes = np.empty(absmax.size, np.uint8)
+    below, limit = _search_table()
     absmax2 = np.empty(block_count(absmax.size, NESTED_BLOCK_SIZE), np.float32)
 
     def work(start: int, stop: int) -> None:
@@ -128,11 +143,10 @@ def encode_nested(absmax: NDArray[np.float32]) -> NestedAbsmax:
         s = np.empty_like(centred)
         blocks = absmax2[start // NESTED_BLOCK_SIZE : block_count(stop, NESTED_BLOCK_SIZE)]
         scale_blocks(centred, NESTED_BLOCK_SIZE, s, blocks)
-        codes[start:stop] = np.searchsorted(
-            _THRESHOLDS, s, side="left"
-        )  # the number of thresholds strictly below
+        key = (s.view(np.uint32) >> np.uint32(16)).astype(np.intp)
+        codes[start:stop] = below.take(key) + (s > limit.take(key))
 
-    map_chunks(work, absmax.size, CHUNK)
+    map_chunks(work, absmax.size, CHUNK // 4)
     return NestedAbsmax(codes, absmax2, offset, DYNAMIC_MAP)
 
 

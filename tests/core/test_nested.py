@@ -72,6 +72,12 @@ def test_a_value_on_a_threshold_goes_down() -> None:
         assert nested.codes[:63].tolist() == list(range(first, first + 63))
 
 
+def test_no_two_thresholds_share_an_upper_half() -> None:
+    """What the one-step search of the encoder rests on."""
+    halves = [bits >> 16 for bits in oracle.midpoints(MAP)]
+    assert len(set(halves)) == 255
+
+
 @pytest.mark.parametrize("n", [1, 256, 600])
 def test_equal_blocks_have_code_127_and_decode_exactly(n: int) -> None:
     nested = encode_nested(np.full(n, 0.3, np.float32))
