@@ -43,6 +43,8 @@ def test_rope_old_and_new() -> None:
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"hidden_size": -8}, "hidden_size is -8"),
         ({"vocab_size": 2**40}, "vocab_size"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"head_dim": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "head_dim above 2"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"num_attention_heads": 3, "num_key_value_heads": 2}, "not a multiple"),
         ({"head_dim": 5}, "head_dim 5 is odd"),

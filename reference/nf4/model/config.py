@@ -17,6 +17,8 @@ _MAX_POSITIONS = {"llama": 2048, "mistral": 131072, "qwen2": 32768, "qwen3": 327
 _SLIDING_WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
 _MAX_WINDOW_LAYERS = 28
 
+_MAX_LAYERS = 1000  # far above any model; beyond it the file is wrong
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -77,6 +79,8 @@ class LlamaConfig:
             raise InputError(f"{where}: hidden_act {act!r} is not supported; it must be 'silu'")
         hidden, heads = read.count("hidden_size"), read.count("num_attention_heads")
         layers = read.count("num_hidden_layers")
+        if layers > _MAX_LAYERS:
+            raise InputError(f"{where}: num_hidden_layers is {layers}; it must be at most {_MAX_LAYERS}")
         kv_heads = read.count(
             "num_key_value_heads",
             heads if "num_key_value_heads" in config_json else _KV_HEADS.get(kind, heads),
@@ -186,6 +190,8 @@ def _rope(read: _Reader, head_dim: int, max_positions: int) -> RopeConfig:
     theta = part.positive("rope_theta", read.positive("rope_theta", 10000.0))
     if kind == "default":
         return RopeConfig(theta)
+    if kind == "dynamic" and head_dim == 2:
+        raise InputError(f"{where}: rope_type 'dynamic' needs a head_dim above 2")
     if kind in ("linear", "dynamic"):
         return RopeConfig(theta, kind, factor=part.positive("factor"))
 
