@@ -1,7 +1,6 @@
 """Encoding, decoding and packing of blocks: chunks that stay in the cache, over the threads of the pool."""
 
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 from nf4.codebooks import Codebook
 from nf4.errors import InputError
 from nf4.floats import FLOAT32, narrow_into, widen, widen_into
-from nf4.parallel import map_chunks
+from nf4.parallel import map_spans
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 CHUNK = 1 << 17  # elements: a multiple of every block size; fewer cost more calls, more leave the caches
@@ -19,6 +18,7 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)  # of the bits of a float32; as integers magni
 _INFINITY = np.int32(0x7F800000)  # a NaN is above
 _TINY = np.float32(2**-128)  # up to here RN(1 / absmax) is infinite
 _LIFT = np.float32(2**64)
+_JOIN_NIBBLES = np.uint16(0x1001)  # times first + 256 second, its upper byte is 16 first + second
 
 _buffers = threading.local()
 
@@ -41,41 +41,18 @@ def check_array(what: str, array: NDArray[Any], dtype: DTypeLike, size: int) -> 
         raise InputError(f"{what} is {array.dtype} {list(array.shape)}, must be {np.dtype(dtype)} [{size}]")
 
 
-def scale_blocks(
-    x: NDArray[np.float32], block_size: int, s: NDArray[np.float32], absmax: NDArray[np.float32]
-) -> None:
-    """Write absmax [block_count] and s [n] = x / absmax as NF4-3.2 and NF4-3.3 round it, for x [n].
+def scale_rows(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return s = x / absmax as NF4-3.2 to NF4-3.4 round it, and absmax [rows], for x [rows, block].
 
-    Where x has a NaN or an infinity, absmax of that block is a NaN or infinite and s means nothing.
+    Where x has a NaN or an infinity, absmax of that row is a NaN or infinite and s means nothing.
     """
     with np.errstate(all="ignore"):
-        for part, blocks, shape in _runs(x.size, block_size):
-            _scale_rows(x[part].reshape(shape), s[part].reshape(shape), absmax[blocks])
-
-
-def _runs(n: int, block_size: int) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
-    """Yield (elements, blocks, shape) of the full blocks among n elements, then of the short last one."""
-    full = n // block_size
-    body = full * block_size
-    if body:
-        yield slice(0, body), slice(0, full), (full, block_size)
-    if body < n:
-        yield slice(body, n), slice(full, full + 1), (1, n - body)
-
-
-def _scale_rows(x: NDArray[np.float32], s: NDArray[np.float32], absmax: NDArray[np.float32]) -> None:
-    """scale_blocks for x [rows, block] and s alike; both contiguous."""
-    rows, width = x.shape
-    magnitude = s.view(np.int32)  # borrow the memory of s
-    np.bitwise_and(x.view(np.int32), _MAGNITUDE, out=magnitude)
-    np.maximum.reduceat(magnitude.reshape(-1), np.arange(0, rows * width, width), out=absmax.view(np.int32))
-    reciprocal = 1 / absmax  # [rows]
-    np.multiply(x, reciprocal[:, None], out=s)
-    tiny = np.flatnonzero(absmax <= _TINY)
-    if tiny.size:  # times 2^64 is exact, and takes the reciprocal of any absmax but 0 into range
-        lifted = absmax[tiny] * _LIFT
-        reciprocal = np.where(lifted > 0, 1 / lifted, 0)
-        s[tiny] = x[tiny] * _LIFT * reciprocal[:, None]
+        absmax = np.abs(x).max(axis=1)  # NaN where there is one
+        tiny = absmax <= _TINY
+        # Times 2^64 is exact, and takes the reciprocal of any absmax but 0 into range.
+        lift = np.where(tiny, _LIFT, np.float32(1))[:, None]
+        reciprocal = np.where(absmax > 0, 1 / (absmax * lift[:, 0]), np.float32(0))
+        return x * lift * reciprocal[:, None], absmax
 
 
 def encode(
@@ -87,32 +64,60 @@ def encode(
     """
     packed = np.empty(-(-x.size // 2), np.uint8)
     absmax = np.empty(block_count(x.size, block_size), np.float32)
-    thresholds, book = codebook.thresholds, codebook.codes
-    in_order = np.array_equal(book, np.arange(book.size))  # as in nf4: a rank is its code
+    body = x.size - x.size % block_size
 
     def work(start: int, stop: int) -> None:
-        n = stop - start
-        s, codes = _buffer("s", np.float32, n), _buffer("codes", np.uint8, n + 1)
-        above = _buffer("above", np.uint8, thresholds.size * n).reshape(thresholds.size, n)
-        chunk = x[start:stop]
-        if x.dtype != FLOAT32:
-            wide = _buffer("wide", np.float32, n)
-            widen_into(wide, chunk)
-            chunk = wide
-        blocks = absmax[start // block_size : block_count(stop, block_size)]
-        scale_blocks(chunk, block_size, s, blocks)
-        ranks = codes[:n]
-        np.greater(s, thresholds[:, None], out=above.view(np.bool_))  # [thresholds, n]
-        np.add.reduce(above, axis=0, out=ranks)
-        if not in_order:
-            np.take(book, ranks, out=ranks, mode="clip")
-        codes[n] = codebook.zero_code  # the pad nibble, where n is odd
-        pairs = codes[: n + n % 2].view("<u2")  # first element in the low byte
-        np.bitwise_or(pairs << 4, pairs >> 8, out=packed[start // 2 : -(-stop // 2)], casting="unsafe")
+        # Few calls a chunk: at each the threads may have to wait for one another's turn of the GIL.
+        size = min(CHUNK, stop - start)
+        s, reciprocal = _buffer("s", np.float32, size), _buffer("reciprocal", np.float32, size // block_size)
+        starts = np.arange(0, size, block_size)
+        with np.errstate(all="ignore"):
+            for first in range(start, stop, size):
+                n = min(size, stop - first)
+                chunk, rows = x[first : first + n], n // block_size
+                if x.dtype != FLOAT32:
+                    wide = _buffer("wide", np.float32, n)
+                    widen_into(wide, chunk)
+                    chunk = wide
+                blocks = absmax[first // block_size :][:rows]
+                magnitude = s[:n].view(np.int32)  # borrow the memory of s
+                np.bitwise_and(chunk.view(np.int32), _MAGNITUDE, out=magnitude)
+                np.maximum.reduceat(magnitude, starts[:rows], out=blocks.view(np.int32))
+                np.divide(1, blocks, out=reciprocal[:rows])
+                scaled = s[:n].reshape(rows, block_size)
+                np.multiply(chunk.reshape(rows, block_size), reciprocal[:rows, None], out=scaled)
+                _pack(s[:n], codebook, packed[first // 2 : (first + n) // 2])
 
-    map_chunks(work, x.size, CHUNK)
-    _refuse_nonfinite_blocks(x, block_size, absmax)
+    map_spans(work, body, CHUNK)
+    _refuse_nonfinite_blocks(x, block_size, absmax[: body // block_size])
+    tiny = np.flatnonzero(absmax[: body // block_size] <= _TINY)  # whose reciprocal was infinite
+    step = CHUNK // block_size
+    for some in (tiny[k : k + step] for k in range(0, tiny.size, step)):
+        s, _ = scale_rows(widen(x[:body].reshape(-1, block_size)[some]))
+        codes = np.empty(s.size // 2, np.uint8)
+        _pack(s.reshape(-1), codebook, codes)
+        packed[: body // 2].reshape(-1, block_size // 2)[some] = codes.reshape(len(some), -1)
+    if body < x.size:  # the short last block
+        s, absmax[-1:] = scale_rows(widen(x[None, body:]))
+        _refuse_nonfinite_blocks(x, block_size, absmax)
+        _pack(s[0], codebook, packed[body // 2 :])
     return packed, absmax
+
+
+def _pack(s: NDArray[np.float32], codebook: Codebook, packed: NDArray[np.uint8]) -> None:
+    """Write the codes of s [n], two a byte, into packed [ceil(n / 2)] (NF4-3.5, NF4-5)."""
+    n, thresholds = s.size, codebook.thresholds
+    codes = _buffer("codes", np.uint8, n + 1)
+    above = _buffer("above", np.uint8, thresholds.size * n).reshape(thresholds.size, n)
+    ranks = codes[:n]
+    np.greater(s, thresholds[:, None], out=above.view(np.bool_))  # [thresholds, n]
+    np.add.reduce(above, axis=0, out=ranks)
+    if not codebook.in_order:
+        np.take(codebook.codes, ranks, out=ranks, mode="clip")
+    codes[n] = codebook.zero_code  # the pad nibble, where n is odd
+    pairs = codes[: n + n % 2].view("<u2")  # first element in the low byte
+    pairs *= _JOIN_NIBBLES
+    np.right_shift(pairs, 8, out=packed, casting="unsafe")
 
 
 def _refuse_nonfinite_blocks(x: NDArray[Any], block_size: int, absmax: NDArray[np.float32]) -> None:
@@ -144,27 +149,33 @@ def decode(
 
     packed is uint8 [ceil(n / 2)], absmax float32 [block_count]; out is contiguous.
     """
+    body = out.size - out.size % block_size
+    pairs = packed[: body // 2].view(np.uint16)  # four elements each
+    scales = absmax[:, None]
+    direct = out.dtype == FLOAT32
 
     def work(start: int, stop: int) -> None:
-        n = stop - start
-        quads = -(-n // 4)  # a quad of elements is two bytes
-        pairs = packed[start // 2 : -(-stop // 2)]
-        if pairs.size % 2:
-            pairs = np.append(pairs, np.uint8(0))
-        direct = out.dtype == FLOAT32 and n % 4 == 0
-        values = out[start:stop] if direct else _buffer("s", np.float32, 4 * quads)
-        index = _buffer("index", np.intp, quads)  # np.take would make one each time
-        np.copyto(index, pairs.view(np.uint16))
-        np.take(codebook.quads, index, axis=0, out=values.reshape(quads, 4), mode="wrap")  # the fastest mode
-        scales = absmax[start // block_size : block_count(stop, block_size)]
+        size = min(CHUNK, stop - start)
+        index = _buffer("index", np.intp, size // 4)  # np.take would make one each time
+        scratch = _buffer("s", np.float32, size)
         with np.errstate(all="ignore"):
-            for part, blocks, shape in _runs(n, block_size):
-                products = values[part].reshape(shape)
-                np.multiply(products, scales[blocks, None], out=products)
-            if not direct:
-                narrow_into(out[start:stop], values[:n], _buffer("bits", np.uint32, n))
+            for first in range(start, stop, size):
+                n = min(size, stop - first)
+                values = out[first : first + n] if direct else scratch[:n]
+                quads, rows = index[: n // 4], values.reshape(-1, block_size)
+                np.copyto(quads, pairs[first // 4 : (first + n) // 4])
+                np.take(codebook.quads, quads, axis=0, out=values.reshape(-1, 4), mode="wrap")  # fastest mode
+                np.multiply(rows, scales[first // block_size :][: len(rows)], out=rows)
+                if not direct:
+                    narrow_into(out[first : first + n], values)
 
-    map_chunks(work, out.size, CHUNK)
+    map_spans(work, body, CHUNK)
+    if body < out.size:  # the short last block
+        tail = packed[body // 2 :]
+        codes = np.stack((tail >> 4, tail & 15), axis=1).reshape(-1)[: out.size - body]
+        with np.errstate(all="ignore"):
+            values = codebook.values[codes] * absmax[-1]
+            narrow_into(out[body:], values)
 
 
 def _buffer(name: str, dtype: Any, n: int) -> NDArray[Any]:

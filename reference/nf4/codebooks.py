@@ -73,6 +73,11 @@ class Codebook:
         return int(self.codes[np.count_nonzero(self.thresholds < 0)])
 
     @cached_property
+    def in_order(self) -> bool:
+        """Whether the values ascend with the codes, as in nf4, so that a rank is its code."""
+        return np.array_equal(self.codes, np.arange(self.codes.size))
+
+    @cached_property
     def quads(self) -> NDArray[np.float32]:
         """The four values in each pair of bytes, float32 [65536, 4], by the pair as a uint16 (NF4-5.1)."""
         first, second = np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(-1, 2).T

@@ -5,5 +5,5 @@ class InputError(ValueError):
     """The input can't be used (exit 2). The message names the file or tensor, the value, and the way out."""
 
 
-class CheckFailed(RuntimeError):
+class CheckFailed(RuntimeError):  # noqa: N818  it names an exit, not a mistake
     """The input was fine and the run refused to go on, such as on a loss that is NaN (exit 1)."""

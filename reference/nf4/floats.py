@@ -29,21 +29,12 @@ def widen(x: NDArray[Any]) -> NDArray[np.float32]:
     return out
 
 
-def narrow_into(out: NDArray[Any], x: NDArray[np.float32], scratch: NDArray[np.uint32]) -> None:
+def narrow_into(out: NDArray[Any], x: NDArray[np.float32]) -> None:
     """Round x (float32, no NaN) to the dtype of out, to nearest with ties to even (NF4-7.2, NF4-7.3).
 
-    The three have one shape; scratch may share no memory with x. For values that may be NaN use narrow.
+    The two have one shape. For values that may be NaN use narrow.
     """
-    if out.dtype != BFLOAT16:
-        np.copyto(out, x, casting="same_kind")
-        return
-    bits = x.view(np.uint32)
-    np.right_shift(bits, np.uint32(16), out=scratch)
-    scratch &= np.uint32(1)  # the last bit kept: adding it to 0x7fff sends ties to even
-    scratch += np.uint32(0x7FFF)
-    scratch += bits
-    scratch >>= np.uint32(16)
-    np.copyto(out.view(np.uint16), scratch, casting="unsafe")
+    np.copyto(out, x, casting="unsafe")
 
 
 def narrow(x: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -53,9 +44,9 @@ def narrow(x: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
     """
     out = np.empty(x.shape, dtype)
     with np.errstate(over="ignore", under="ignore"):
-        narrow_into(out, x, np.empty(x.shape, np.uint32))
+        narrow_into(out, x)
     if dtype == BFLOAT16:
-        nan = np.isnan(x)  # the addition may have carried a NaN's payload into the sign
+        nan = np.isnan(x)  # what a cast makes of a NaN's payload is not ours to say
         out.view(np.uint16)[nan] = np.where(np.signbit(x[nan]), 0xFFC0, 0x7FC0)
     return out
 

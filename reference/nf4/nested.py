@@ -1,5 +1,6 @@
 """Double quantization: the absmax of the blocks as 8-bit codes around their exact mean."""
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -8,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4.blockwise import CHUNK, block_count, check_array, scale_blocks
+from nf4.blockwise import block_count, check_array, scale_rows
 from nf4.codebooks import from_hex, midpoint_thresholds
 from nf4.errors import InputError
 from nf4.floats import round_to_float32
 from nf4.parallel import map_chunks
 
 NESTED_BLOCK_SIZE = 256
+_CHUNK = 1 << 15  # values scaled at a time: a multiple of the block size
 DYNAMIC_MAP = from_hex(
     """
     bf7e3333 bf7a999a bf770000 bf736666 bf6fcccd bf6c3333 bf68999a bf650000
@@ -103,6 +105,11 @@ def exact_mean(x: NDArray[np.float32]) -> np.float32:
     """
     if x.size == 0:
         return np.float32(0)
+    least = float(x.min())
+    if least > 0 and float(x.max()) * x.size < math.ldexp(math.ulp(least), 81):
+        # All are multiples of a float32 ulp of the least, 2^29 of its float64 ulps, and the sum is below 2^52
+        # of them: in float64 every partial sum is exact.
+        return round_to_float32(Fraction(float(x.sum(dtype=np.float64))) / x.size)
     bits = x.view(np.int32)
     exponents = (bits >> 23) & 0xFF
     significands = np.where(exponents > 0, bits & 0x7FFFFF | 0x800000, bits & 0x7FFFFF)
@@ -134,19 +141,22 @@ def _search_table() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
 def encode_nested(absmax: NDArray[np.float32]) -> NestedAbsmax:
     """Return the 8-bit form of absmax [blocks] (NF4-6.1 to NF4-6.3). absmax must be finite."""
     offset = exact_mean(absmax)
-    codes = np.empty(absmax.size, np.uint8)
     below, limit = _search_table()
+    codes = np.empty(absmax.size, np.uint8)
     absmax2 = np.empty(block_count(absmax.size, NESTED_BLOCK_SIZE), np.float32)
 
     def work(start: int, stop: int) -> None:
         centred = absmax[start:stop] - offset  # one rounding each
-        s = np.empty_like(centred)
         blocks = absmax2[start // NESTED_BLOCK_SIZE : block_count(stop, NESTED_BLOCK_SIZE)]
-        scale_blocks(centred, NESTED_BLOCK_SIZE, s, blocks)
+        body = centred.size - centred.size % NESTED_BLOCK_SIZE
+        parts = [centred[:body].reshape(-1, NESTED_BLOCK_SIZE), centred[None, body:]]
+        scaled = [scale_rows(part) for part in parts if part.size]
+        np.concatenate([row_absmax for _, row_absmax in scaled], out=blocks)
+        s = np.concatenate([part.reshape(-1) for part, _ in scaled])
         key = (s.view(np.uint32) >> np.uint32(16)).astype(np.intp)
         codes[start:stop] = below.take(key) + (s > limit.take(key))
 
-    map_chunks(work, absmax.size, CHUNK // 4)
+    map_chunks(work, absmax.size, _CHUNK)
     return NestedAbsmax(codes, absmax2, offset, DYNAMIC_MAP)
 
 

@@ -69,6 +69,17 @@ def map_chunks(work: Callable[[int, int], None], n: int, chunk: int) -> None:
             raise error
 
 
+def map_spans(work: Callable[[int, int], None], n: int, chunk: int) -> None:
+    """Call work(start, stop) for [0, n) cut into a few long pieces, each of whole chunks but the last.
+
+    For work that goes through its piece chunk by chunk itself: a thread then needs the GIL for a few calls a
+    chunk only, and no two threads first touch the same huge page of a new array.
+    """
+    threads = 1 if getattr(_thread, "busy", False) else worker_threads()
+    chunks = -(-n // chunk)
+    map_chunks(work, n, chunk * max(1, min(64, -(-chunks // threads))))
+
+
 def map_groups(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Return [work(item) for item in items], one thread an item; map_chunks is sequential inside work.
 

@@ -15,7 +15,7 @@ from nf4 import bundled
 from nf4.cli import main
 from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
 from nf4.formats.peft import load_adapter
-from nf4.lora import init_lora
+from nf4.lora import LoRA, init_lora
 from nf4.model.llama import TARGETS, Llama
 from nf4.tensor import QuantizedTensor, dequantize
 from nf4.train.data import Example, load_data
@@ -91,26 +91,41 @@ def test_lora_gradients_on_nf4_are_pefts(gguf: Path, quantized: Llama, examples:
     batch = make_batch(examples[:2], range(2))
     loss, grads = ours.loss_and_grads(batch, loss_scale=1 / 256, train="lora", checkpointing=False, seed=0)
 
+    total, expected = their_gradients(gguf, quantized, adapters, examples[:2], torch.float64)
+    assert loss == pytest.approx(total, rel=1e-5)
+    assert grads.keys() == expected.keys()
+    for name in expected:
+        assert relative(grads[name], expected[name]) < 1e-4, name
+    # In float32 PEFT's own rounding is the larger part: tensor by tensor it lies up to 2e-4 from its float64.
+    _, single = their_gradients(gguf, quantized, adapters, examples[:2], torch.float32)
+    for name in expected:
+        assert relative(grads[name], expected[name]) <= relative(single[name], expected[name]) + 1e-5, name
+    together = [np.concatenate([g[name].ravel() for name in expected]) for g in (grads, single)]
+    assert relative(*together) < 1e-4
+
+
+def relative(found: Any, expected: Any) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def their_gradients(
+    gguf: Path, quantized: Llama, adapters: dict[str, LoRA], examples: list[Example], dtype: Any
+) -> tuple[float, dict[str, Any]]:
+    """PEFT's loss sum and adapter gradients, with our NF4 weights and our adapters, in a dtype."""
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=list(TARGETS))
-    theirs = peft.get_peft_model(with_our_weights(gguf, quantized), config)
+    theirs = peft.get_peft_model(with_our_weights(gguf, quantized), config).to(dtype)
     factors = {
         name.removeprefix("base_model.model.").replace(".default", ""): p
         for name, p in theirs.named_parameters()
         if "lora_" in name
     }
-    assert factors.keys() == grads.keys()
     with torch.no_grad():
         for name, p in factors.items():
             module, _, side = name.removesuffix(".weight").partition(".lora_")
             p.copy_(torch.from_numpy(getattr(adapters[module], side)))
-    total = their_loss(theirs, examples[:2])
+    total = their_loss(theirs, examples)
     (total / 256).backward()
-
-    assert loss == pytest.approx(total.item(), rel=1e-5)
-    for name, p in factors.items():
-        expected = p.grad.numpy()
-        error = np.linalg.norm(grads[name] - expected) / np.linalg.norm(expected)
-        assert error < 1e-4, f"{name}: {error:.2e}"
+    return total.item(), {name: p.grad.numpy() for name, p in factors.items()}
 
 
 def test_a_real_run(gguf: Path, quantized: Llama, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def merge_weight(weight: NDArray[Any] | QuantizedTensor, lora: LoRA | None) -> N
     if lora is None:
         return dequantize(weight) if isinstance(weight, QuantizedTensor) else weight
     dtype = weight.dtype
-    wide = dequantize(weight, np.float32) if isinstance(weight, QuantizedTensor) else weight
+    wide = dequantize(weight) if isinstance(weight, QuantizedTensor) else weight  # as training decodes it
     merged = np.empty(weight.shape, dtype)
     A = lora.A.astype(np.float32)  # [r, in]
     B = lora.B.astype(np.float32)  # [out, r]
