@@ -58,6 +58,24 @@ def test_generate_with_an_adapter_runs_on_nf4_unless_told_otherwise(
     assert run_json(*common, "--codebook", "int4", "--no-double-quant")["weights"] == "int4, block 64"
 
 
+def test_an_adapter_runs_on_what_it_was_trained_on(
+    model: Path, run: Run, run_json: RunJson, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("In the beginning. " * 60)
+    out = tmp_path / "out"
+    flags = ("--codebook", "int4", "--block-size", 32, "--no-double-quant", "--steps", 1, "--seq-len", 32)
+    run("finetune", model, tmp_path / "text.txt", "--out", out, *flags)
+    common = ("generate", model, "--prompt", "The", "--max-tokens", 1, "--adapter", out)
+    assert run_json(*common)["weights"] == "int4, block 32"
+    assert (
+        run_json(*common, "--codebook", "nf4", "--double-quant")["weights"]
+        == "nf4, block 32, double-quantized"
+    )
+    merged = run_json("merge", model, out, tmp_path / "merged", "--onto", "dequantized")
+    assert merged["trained_on"] == {"block_size": 32, "codebook": "int4", "double_quant": False}
+    assert merged["drift"]["max_abs"] < 1e-4
+
+
 def test_generate_stops_at_the_models_last_position(model: Path, run: Run, run_json: RunJson) -> None:
     answer = run_json("generate", model, "--prompt", "x" * 120, "--max-tokens", 50, "--temperature", 1)
     assert len(answer["tokens"]) <= 8

@@ -14,7 +14,7 @@ from nf4.formats.bitsandbytes import write_quantized
 from nf4.formats.checkpoint import QuantizeOptions, open_checkpoint
 from nf4.formats.files import SafetensorsFile, SafetensorsWriter, TensorSpec
 from nf4.formats.merge import write_merged
-from nf4.formats.peft import linear_shapes, load_adapter, save_adapter
+from nf4.formats.peft import TRAINED_ON, linear_shapes, load_adapter, read_trained_on, save_adapter
 from nf4.lora import LoRA, init_lora
 from nf4.model.config import LlamaConfig
 from nf4.tensor import dequantize, quantize
@@ -109,6 +109,24 @@ def test_saving_replaces_and_refuses_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter"):
         save_adapter(tmp_path / "none", {}, base="m")
     assert not (tmp_path / "none").exists()
+
+
+def test_an_adapter_knows_what_it_was_trained_on(tmp_path: Path) -> None:
+    save_adapter(tmp_path, adapters(), base="somewhere")
+    assert read_trained_on(tmp_path) is None
+    for options in (QuantizeOptions(), QuantizeOptions(128, "int4", False)):
+        save_adapter(tmp_path, adapters(), base="somewhere", trained_on=options)
+        assert read_trained_on(tmp_path) == options
+
+
+@pytest.mark.parametrize(
+    "facts", ["{}", '{"block_size": "64", "codebook": "nf4", "double_quant": true}', "nf4"]
+)
+def test_a_strange_trained_on_is_refused(facts: str, tmp_path: Path) -> None:
+    with SafetensorsWriter(tmp_path / "adapter_model.safetensors", {}, {TRAINED_ON: facts}):
+        pass
+    with pytest.raises(InputError, match=r"adapter_model.safetensors: nf4.trained_on"):
+        read_trained_on(tmp_path)
 
 
 def edit(directory: Path, drop: str | None = None, **changes: Any) -> None:

@@ -33,8 +33,8 @@ def command(
     loss_on: str,
     adapter: Path | None,
     codebook: str | None,
-    block_size: int,
-    double_quant: bool,
+    block_size: int | None,
+    double_quant: bool | None,
     as_json: bool,
 ) -> None:
     """Measure MODEL on all of DATA, a plain text or JSON lines.

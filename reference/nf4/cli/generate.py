@@ -36,8 +36,8 @@ def command(
     seed: int,
     adapter: Path | None,
     codebook: str | None,
-    block_size: int,
-    double_quant: bool,
+    block_size: int | None,
+    double_quant: bool | None,
     as_json: bool,
 ) -> None:
     """Continue a prompt with MODEL (the bundled model if none is named)."""

@@ -1,5 +1,6 @@
 """`nf4 merge`: an adapter into the weights, with the drift from the model as it was trained."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,9 +8,10 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from nf4.cli.model import quantize_options, settle
 from nf4.cli.output import TensorProgress, json_option, print_json
 from nf4.codebooks import CODEBOOKS
-from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
+from nf4.formats.checkpoint import load_model, open_checkpoint
 from nf4.formats.merge import write_merged
 from nf4.formats.peft import load_adapter
 from nf4.formats.tokenizer import Tokenizer
@@ -39,27 +41,28 @@ PROMPTS = (
     required=True,
     help="The weights as MODEL stores them, or as training saw them: quantized and decoded.",
 )
-@click.option("--codebook", type=click.Choice(list(CODEBOOKS)), default="nf4", show_default=True)
-@click.option("--block-size", type=int, default=64, show_default=True)
-@click.option("--double-quant/--no-double-quant", default=True, show_default=True)
+@click.option("--codebook", type=click.Choice(list(CODEBOOKS)), help="[default: as the adapter was trained]")
+@quantize_options[0]
+@quantize_options[1]
 @json_option
 def command(
     model: Path,
     adapter: Path,
     out: Path,
     onto: Literal["original", "dequantized"],
-    codebook: str,
-    block_size: int,
-    double_quant: bool,
+    codebook: str | None,
+    block_size: int | None,
+    double_quant: bool | None,
     as_json: bool,
 ) -> None:
     """Merge ADAPTER into MODEL, as plain safetensors in the new directory OUT, and report the drift.
 
     An adapter is trained on quantized weights. Merged onto the dequantized ones it computes the same up to
     rounding; onto the original ones, the quantization error it had learned to live with is gone, and the
-    logits move. --codebook, --block-size and --double-quant are those of the training.
+    logits move. An adapter of another program doesn't say how its base was quantized: say it by --codebook,
+    --block-size and --double-quant.
     """
-    options = QuantizeOptions(block_size=block_size, codebook=codebook, double_quant=double_quant)
+    options = settle(adapter, codebook, block_size, double_quant)
     source = open_checkpoint(model)
     tokenizer = source.tokenizer()  # before the work: without one there is nothing to measure the drift on
     adapters = load_adapter(adapter, LlamaConfig.from_dict(source.config, str(source.path)))
@@ -76,7 +79,7 @@ def command(
         "adapter": str(adapter),
         "output": str(out),
         "onto": onto,
-        "trained_on": {"codebook": codebook, "block_size": block_size, "double_quant": double_quant},
+        "trained_on": asdict(options),
         "prompts": list(PROMPTS),
         "drift": found,
     }
@@ -85,7 +88,7 @@ def command(
         return
     click.echo(
         f"{out}: merged onto the {onto} weights\n"
-        f"drift of the logits against base + adapter on {codebook} weights, "
+        f"drift of the logits against base + adapter on {options.codebook} weights, "
         f"over the {found['positions']} positions of {len(PROMPTS)} prompts: "
         f"max |difference| {found['max_abs']:.3g}, mean {found['mean_abs']:.3g}; "
         f"KL {found['mean_kl']:.3g} nats a token (max {found['max_kl']:.3g}); "

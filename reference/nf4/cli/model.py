@@ -9,7 +9,7 @@ import click
 
 from nf4.codebooks import CODEBOOKS
 from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
-from nf4.formats.peft import load_adapter
+from nf4.formats.peft import load_adapter, read_trained_on
 from nf4.formats.tokenizer import Tokenizer
 from nf4.model.llama import Llama
 
@@ -28,14 +28,11 @@ class Opened:
 def weight_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --adapter, --codebook, --block-size and --double-quant to a command."""
     for option in (
-        click.option("--double-quant/--no-double-quant", default=True, show_default=True),
-        click.option(
-            "--block-size", type=int, default=64, show_default=True, help="Elements a scale: 32 to 4096."
-        ),
+        *quantize_options,
         click.option(
             "--codebook",
             type=click.Choice([*CODEBOOKS, AS_STORED]),
-            help="Quantize the linear layers first, or not.  [default: nf4 with --adapter, else none]",
+            help="Quantize the linear layers, or not.  [default: as the adapter was trained, else none]",
         ),
         click.option("--adapter", type=click.Path(path_type=Path), help="LoRA adapter, a PEFT directory."),
     ):
@@ -43,21 +40,47 @@ def weight_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+quantize_options = (
+    click.option(
+        "--double-quant/--no-double-quant", default=None, help="[default: as the adapter was trained]"
+    ),
+    click.option(
+        "--block-size", type=int, help="Elements a scale: 32 to 4096.  [default: as the adapter was trained]"
+    ),
+)
+
+
+def settle(
+    adapter: Path | None, codebook: str | None, block_size: int | None, double_quant: bool | None
+) -> QuantizeOptions:
+    """What is given, then what the adapter's file says it was trained on, then the defaults."""
+    known = (read_trained_on(adapter) if adapter else None) or QuantizeOptions()
+    return QuantizeOptions(
+        block_size=known.block_size if block_size is None else block_size,
+        codebook=codebook or known.codebook,
+        double_quant=known.double_quant if double_quant is None else double_quant,
+    )
+
+
 def open_model(
-    path: Path, adapter: Path | None, codebook: str | None, block_size: int, double_quant: bool
+    path: Path,
+    adapter: Path | None,
+    codebook: str | None,
+    block_size: int | None,
+    double_quant: bool | None,
 ) -> Opened:
-    """Load model and tokenizer. An adapter runs on NF4 weights unless told otherwise: it was trained on them.
+    """Load model and tokenizer. An adapter runs on the weights it was trained on unless told otherwise.
 
     Raises InputError on a broken model or adapter.
     """
     source = open_checkpoint(path)
     tokenizer = source.tokenizer()  # before the weights: it is soon read, and may be missing
-    codebook = codebook or ("nf4" if adapter else AS_STORED)
     options = None
     weights = "as stored"
-    if codebook != AS_STORED:
-        options = QuantizeOptions(block_size=block_size, codebook=codebook, double_quant=double_quant)
-        weights = f"{codebook}, block {block_size}{', double-quantized' if double_quant else ''}"
+    if codebook != AS_STORED and (adapter or codebook):
+        options = settle(adapter, codebook, block_size, double_quant)
+        nested = ", double-quantized" if options.double_quant else ""
+        weights = f"{options.codebook}, block {options.block_size}{nested}"
     if "quantization_config" in source.config:
         weights = "as stored (4-bit)"
     model = load_model(source, quantize=options)

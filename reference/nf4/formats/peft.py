@@ -1,9 +1,11 @@
 """LoRA adapters in the files that PEFT reads and writes."""
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4.errors import InputError
-from nf4.formats.files import SafetensorsFile, SafetensorsWriter, TensorSpec, read_json, write_json
+from nf4.formats.checkpoint import QuantizeOptions
+from nf4.formats.files import (
+    SafetensorsFile,
+    SafetensorsWriter,
+    TensorSpec,
+    parse_json,
+    read_json,
+    write_json,
+)
 from nf4.lora import LoRA
 from nf4.model.config import LlamaConfig
 from nf4.random import stream_of
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+TRAINED_ON = "nf4.trained_on"
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.(?:default\.)?weight")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -64,13 +75,19 @@ def linear_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def save_adapter(
-    directory: str | Path, adapters: Mapping[str, LoRA], *, base: str, rslora: bool = False
+    directory: str | Path,
+    adapters: Mapping[str, LoRA],
+    *,
+    base: str,
+    rslora: bool = False,
+    trained_on: QuantizeOptions | None = None,
 ) -> None:
     """Write adapter_model.safetensors and adapter_config.json, each atomically, for PEFT to load (NF4-8.7).
 
     directory: made if it doesn't exist; the two files in it are replaced. base: the name or path of the
-    base model; rslora: whether the scale is alpha / sqrt(r). Raises InputError if there are no adapters or
-    the disk refuses.
+    base model; rslora: whether the scale is alpha / sqrt(r); trained_on: how the base was quantized, kept
+    in the metadata of the safetensors file, where PEFT does not look. Raises InputError if there are no
+    adapters or the disk refuses.
     """
     if not adapters:
         raise InputError(f"{directory}: there is no adapter to save")
@@ -106,7 +123,8 @@ def save_adapter(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{directory}: can't be made ({error.strerror})") from None
-    with SafetensorsWriter(directory / WEIGHTS, specs) as writer:
+    metadata = {"format": "pt"} | ({TRAINED_ON: json.dumps(asdict(trained_on))} if trained_on else {})
+    with SafetensorsWriter(directory / WEIGHTS, specs, metadata) as writer:
         for name, value in tensors.items():
             writer.write(name, value)
     write_json(directory / CONFIG, config)
@@ -127,6 +145,21 @@ def _targets(names: Iterable[str]) -> list[str]:
     if len({frozenset(found) for found in layers.values()}) == 1:
         return sorted(layers)
     return sorted(names)
+
+
+def read_trained_on(directory: str | Path) -> QuantizeOptions | None:
+    """How the base was quantized that an adapter was trained on; None if its file does not say (NF4-8.7).
+
+    Raises InputError if the file is missing or broken, or says something else.
+    """
+    file = SafetensorsFile(Path(directory) / WEIGHTS)
+    if TRAINED_ON not in file.metadata:
+        return None
+    facts = parse_json(file.metadata[TRAINED_ON], f"{file.path}: {TRAINED_ON}")
+    kinds = {field.name: type(field.default) for field in fields(QuantizeOptions)}
+    if {name: type(value) for name, value in facts.items()} != kinds:
+        raise InputError(f"{file.path}: {TRAINED_ON} is {facts}; it must have {', '.join(kinds)}")
+    return QuantizeOptions(**facts)
 
 
 def load_adapter(directory: str | Path, config: LlamaConfig) -> dict[str, LoRA]:

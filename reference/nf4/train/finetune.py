@@ -200,15 +200,14 @@ def finetune(options: FinetuneOptions, report: Report | None = None) -> Finetune
         if count:
             report.note(f"{count} of {total} examples {what}")
     report.note(f"loading {options.model} in {options.codebook}, block {options.block_size}")
-    base = load_model(
-        source,
-        quantize=QuantizeOptions(options.block_size, options.codebook, options.double_quant),
-    )
+    quantized = QuantizeOptions(options.block_size, options.codebook, options.double_quant)
+    base = load_model(source, quantize=quantized)
     adapters = new_adapters(base, options)
     model = Llama(base.config, base.params, adapters)
 
     def save(directory: Path) -> None:
-        peft.save_adapter(directory, adapters, base=str(Path(options.model).resolve()), rslora=options.rslora)
+        base_path = str(Path(options.model).resolve())
+        peft.save_adapter(directory, adapters, base=base_path, rslora=options.rslora, trained_on=quantized)
 
     return train_loop(model, tokenizer, data, options, train="lora", save=save, report=report)
 
