@@ -256,7 +256,7 @@ def test_merge(dtype: Any, onto: Any, tiny_model: Build, tmp_path: Path) -> None
         linear = name.removesuffix(".weight") in linear_shapes(CONFIG)
         wide = value.astype(np.float64)
         if onto == "dequantized" and linear:
-            wide = dequantize(quantize(value, 32, "nf4", True), np.float32).astype(np.float64)
+            wide = dequantize(quantize(value, 32, "nf4", True)).astype(np.float64)
         lora = made.get(name.removesuffix(".weight"))
         if lora is not None:
             wide = wide + lora.scale * (lora.B.astype(np.float64) @ lora.A)
