@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nf4.codebooks import CODEBOOKS
@@ -13,8 +15,6 @@ from nf4.nested import NestedAbsmax, decode_nested
 from nf4.tensor import QuantizedTensor, dequantize, quantize
 from numpy.typing import NDArray
 
-torch = pytest.importorskip("torch")
-bnb = pytest.importorskip("bitsandbytes.functional")
 few = settings(deadline=None, max_examples=25)
 
 

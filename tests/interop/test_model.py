@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import torch
+import transformers
 from nf4.errors import InputError
 from nf4.lora import Dropout, LoRA, LoRALinear, Workspace, init_lora
 from nf4.model.attention import Heads, attend, attend_backward
@@ -15,10 +18,6 @@ from nf4.model.llama import TARGETS, Batch, Llama
 from nf4.model.ops import head_loss, rms_norm, rms_norm_backward, rms_norm_dweight, swiglu, swiglu_backward
 from nf4.model.rope import inverse_frequencies, rotate, rotation
 from numpy.typing import NDArray
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 Array = NDArray[Any]
 

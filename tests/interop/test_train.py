@@ -7,6 +7,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nf4.formats.checkpoint import open_checkpoint
@@ -14,7 +15,6 @@ from nf4.train.adamw import AdamW, clip_grad_norm
 from nf4.train.data import IGNORE, load_data
 from nf4.train.schedule import SCHEDULES, learning_rate
 
-torch = pytest.importorskip("torch")
 LIGHT = settings(deadline=None, max_examples=30)
 
 
