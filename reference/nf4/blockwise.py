@@ -24,7 +24,7 @@ _buffers = threading.local()
 
 
 def check_block_size(block_size: int) -> None:
-    """Raise InputError unless block_size is one of BLOCK_SIZES (NF4-3.1)."""
+    """Raise InputError unless block_size is one of BLOCK_SIZES (NF4-3.1, NF4-12.3)."""
     if block_size not in BLOCK_SIZES:
         choices = ", ".join(str(size) for size in BLOCK_SIZES)
         raise InputError(f"block size {block_size!r} is not supported; choose one of {choices}")
@@ -67,18 +67,19 @@ def encode(
     body = x.size - x.size % block_size
 
     def work(start: int, stop: int) -> None:
-        # Few calls a chunk: at each the threads may have to wait for one another's turn of the GIL.
+        # Few calls a chunk, and little between them: that is when the threads wait for one another's GIL.
         size = min(CHUNK, stop - start)
-        s, reciprocal = _buffer("s", np.float32, size), _buffer("reciprocal", np.float32, size // block_size)
+        s, wide = _buffer("s", np.float32, size), _buffer("wide", np.float32, size)
+        reciprocal = _buffer("reciprocal", np.float32, size // block_size)
         starts = np.arange(0, size, block_size)
+        scratch = _pack_scratch(size, codebook)
         with np.errstate(all="ignore"):
             for first in range(start, stop, size):
                 n = min(size, stop - first)
-                chunk, rows = x[first : first + n], n // block_size
+                rows, chunk = n // block_size, x[first : first + n]
                 if x.dtype != FLOAT32:
-                    wide = _buffer("wide", np.float32, n)
-                    widen_into(wide, chunk)
-                    chunk = wide
+                    widen_into(wide[:n], chunk)
+                    chunk = wide[:n]
                 blocks = absmax[first // block_size :][:rows]
                 magnitude = s[:n].view(np.int32)  # borrow the memory of s
                 np.bitwise_and(chunk.view(np.int32), _MAGNITUDE, out=magnitude)
@@ -86,7 +87,7 @@ def encode(
                 np.divide(1, blocks, out=reciprocal[:rows])
                 scaled = s[:n].reshape(rows, block_size)
                 np.multiply(chunk.reshape(rows, block_size), reciprocal[:rows, None], out=scaled)
-                _pack(s[:n], codebook, packed[first // 2 : (first + n) // 2])
+                _pack(s[:n], codebook, packed[first // 2 : (first + n) // 2], *scratch)
 
     map_spans(work, body, CHUNK)
     _refuse_nonfinite_blocks(x, block_size, absmax[: body // block_size])
@@ -95,23 +96,33 @@ def encode(
     for some in (tiny[k : k + step] for k in range(0, tiny.size, step)):
         s, _ = scale_rows(widen(x[:body].reshape(-1, block_size)[some]))
         codes = np.empty(s.size // 2, np.uint8)
-        _pack(s.reshape(-1), codebook, codes)
+        _pack(s.reshape(-1), codebook, codes, *_pack_scratch(s.size, codebook))
         packed[: body // 2].reshape(-1, block_size // 2)[some] = codes.reshape(len(some), -1)
     if body < x.size:  # the short last block
         s, absmax[-1:] = scale_rows(widen(x[None, body:]))
         _refuse_nonfinite_blocks(x, block_size, absmax)
-        _pack(s[0], codebook, packed[body // 2 :])
+        _pack(s[0], codebook, packed[body // 2 :], *_pack_scratch(s.size, codebook))
     return packed, absmax
 
 
-def _pack(s: NDArray[np.float32], codebook: Codebook, packed: NDArray[np.uint8]) -> None:
+def _pack_scratch(n: int, codebook: Codebook) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return what _pack needs for up to n elements."""
+    return _buffer("codes", np.uint8, n + 1), _buffer("above", np.uint8, codebook.thresholds.size * n)
+
+
+def _pack(
+    s: NDArray[np.float32],
+    codebook: Codebook,
+    packed: NDArray[np.uint8],
+    codes: NDArray[np.uint8],
+    above: NDArray[np.uint8],
+) -> None:
     """Write the codes of s [n], two a byte, into packed [ceil(n / 2)] (NF4-3.5, NF4-5)."""
     n, thresholds = s.size, codebook.thresholds
-    codes = _buffer("codes", np.uint8, n + 1)
-    above = _buffer("above", np.uint8, thresholds.size * n).reshape(thresholds.size, n)
     ranks = codes[:n]
-    np.greater(s, thresholds[:, None], out=above.view(np.bool_))  # [thresholds, n]
-    np.add.reduce(above, axis=0, out=ranks)
+    passed = above[: thresholds.size * n].reshape(thresholds.size, n)
+    np.greater(s, thresholds[:, None], out=passed.view(np.bool_))
+    np.add.reduce(passed, axis=0, out=ranks)
     if not codebook.in_order:
         np.take(codebook.codes, ranks, out=ranks, mode="clip")
     codes[n] = codebook.zero_code  # the pad nibble, where n is odd
@@ -130,7 +141,7 @@ def _refuse_nonfinite_blocks(x: NDArray[Any], block_size: int, absmax: NDArray[n
 
 
 class NonFiniteError(InputError):
-    """A NaN or an infinity at a flat index; the caller, who knows the shape, says it in full."""
+    """A NaN or an infinity at a flat index (NF4-12.1); the caller, who knows the shape, says it in full."""
 
     def __init__(self, index: int, value: float) -> None:
         super().__init__(f"element {index} is {value}")

@@ -64,7 +64,7 @@ class Codebook:
 
     @cached_property
     def thresholds(self) -> NDArray[np.float32]:
-        """Where one value ends and the next begins, float32 [len(codes) - 1], ascending (NF4-2.2)."""
+        """Where a value ends and the next begins, float32 [len(codes) - 1], ascending (NF4-2.2, NF4-2.3)."""
         return midpoint_thresholds(self.values[self.codes])
 
     @cached_property

@@ -19,7 +19,7 @@ from nf4.nested import NestedAbsmax, decode_nested, encode_nested
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """A tensor of n elements in 4-bit codes with one absmax a block (NF4-5).
+    """A tensor of n elements in 4-bit codes with one absmax a block (NF4-5.3, NF4-12.5).
 
     Raises InputError where the block size is not supported or the lengths and dtypes do not fit each other.
     """
@@ -83,7 +83,7 @@ class QuantizedTensor:
 
 
 def check_dtype(dtype: np.dtype[Any]) -> None:
-    """Raise InputError unless dtype is float32, float16 or bfloat16 (native byte order)."""
+    """Raise InputError unless dtype is float32, float16 or bfloat16, in native byte order (NF4-12.2)."""
     if dtype not in DTYPES.values():
         raise InputError(f"dtype {dtype} is not supported; convert to one of {', '.join(DTYPES)} first")
 
@@ -91,7 +91,7 @@ def check_dtype(dtype: np.dtype[Any]) -> None:
 def quantize(
     x: NDArray[Any], block_size: int = 64, codebook: str | Codebook = "nf4", double_quant: bool = False
 ) -> QuantizedTensor:
-    """Quantize x, of any shape in C order, to 4 bits an element (NF4-3; NF4-6 if double_quant).
+    """Quantize x, of any shape in C order, to 4 bits an element (NF4-3; NF4-6 if double_quant; NF4-12.4).
 
     x is float32, float16 or bfloat16. Raises InputError on another dtype or block size, on an unknown
     codebook, and on a NaN or an infinity, saying where it is.

@@ -512,6 +512,7 @@ def _check_params(shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, An
 
 
 def _check_adapters(config: LlamaConfig, adapters: Mapping[str, LoRA]) -> None:
+    """Refuse an adapter that is not for a linear layer, or of another shape (NF4-9.6)."""
     shapes = parameter_shapes(config)
     for name, lora in adapters.items():
         shape = shapes.get(f"{name}.weight")

@@ -17,7 +17,7 @@ _CHUNK = (
 
 
 class AdamW:
-    """AdamW over named arrays, which it updates in place. NF4-10.2
+    """AdamW over named arrays, which it updates in place. NF4-10.1, NF4-10.2
 
     params are float32 or bfloat16, C-contiguous; the states m and v are float32 in every case. Weight decay
     acts on arrays of two or more dimensions, never on norms and biases. Raises ValueError for another
