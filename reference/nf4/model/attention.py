@@ -11,8 +11,10 @@ from nf4.lora import Workspace
 
 Array = NDArray[Any]
 
-# Queries at a time: causality then skips most of the keys to come, and the scores stay in the cache.
-BLOCK = 64
+# Queries at a time: causality then skips most of the keys to come.
+BLOCK = 32
+# Scores of several groups of heads at a time: few large calls, whose arrays yet stay in the cache.
+_SCORES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,18 @@ def attend(
     """
     out = np.empty_like(q) if out is None else out
     lse = np.empty((len(q), heads.kv_heads * heads.group), q.dtype)
-    for a, b, first, last, hidden in _blocks(lengths, len(k) - len(q), window, block):
-        for g in range(heads.kv_heads):
-            wide, narrow, lanes = _columns(g, heads)
-            scores, _ = _scores(
-                q[a:b, wide], k[first:last, narrow], hidden, heads, space
-            )  # [(b - a) group, keys]
-            top = scores.max(1, keepdims=True)
-            scores -= top
-            np.exp(scores, out=scores)
-            norm = scores.sum(1, keepdims=True)  # [(b - a) group, 1]
-            rows = scores @ v[first:last, narrow]  # [(b - a) group, dim]
-            rows /= norm
-            out[a:b, wide] = rows.reshape(b - a, -1)
-            lse[a:b, lanes] = (np.log(norm) + top).reshape(b - a, -1)
+    qs, outs, lses = _queries(q, heads), _queries(out, heads), _queries(lse, heads)
+    ks, vs = _keys(k, heads), _keys(v, heads)
+    for g, a, b, first, last, hidden in _blocks(lengths, len(k) - len(q), heads, window, block):
+        scores, _ = _scores(qs[g, a:b], ks[g, first:last], hidden, space)  # [g, (b - a) group, keys]
+        top = scores.max(-1, keepdims=True)
+        scores -= top
+        np.exp(scores, out=scores)
+        norm = scores.sum(-1, keepdims=True)  # [g, (b - a) group, 1]
+        rows = scores @ vs[g, first:last]  # [g, (b - a) group, dim]
+        rows /= norm
+        outs[g, a:b] = rows.reshape(outs[g, a:b].shape)
+        lses[g, a:b] = (np.log(norm) + top).reshape(lses[g, a:b].shape)
     return out, lse
 
 
@@ -79,27 +79,42 @@ def attend_backward(
     split = (len(q), -1, heads.dim)
     # Softmax's backward subtracts sum_j p_j dp_j from each row, which is dout . out.
     correction = np.vecdot(dout.reshape(split), out.reshape(split))  # [T, heads]
-    for a, b, first, last, hidden in _blocks(lengths, len(k) - len(q), window, block):
-        for g in range(heads.kv_heads):
-            wide, narrow, lanes = _columns(g, heads)
-            keys, values = k[first:last, narrow], v[first:last, narrow]  # [s, dim]
-            p, scaled = _scores(q[a:b, wide], keys, hidden, heads, space)  # [(b - a) group, s]
-            p -= lse[a:b, lanes].reshape(-1, 1)
-            np.exp(p, out=p)
-            drows = dout[a:b, wide].reshape(-1, heads.dim)  # [(b - a) group, dim]
-            dv[first:last, narrow] += p.T @ drows
-            ds = np.matmul(drows, values.T, out=space.take("dscores", p.shape, p.dtype))
-            ds -= correction[a:b, lanes].reshape(-1, 1)
-            ds *= p
-            dk[first:last, narrow] += ds.T @ scaled  # scaled = q / sqrt(dim)
-            np.multiply((ds @ keys).reshape(b - a, -1), scale, out=dq[a:b, wide])
+    qs, dqs, douts = _queries(q, heads), _queries(dq, heads), _queries(dout, heads)
+    lses, corrections = _queries(lse, heads), _queries(correction, heads)
+    ks, vs, dks, dvs = _keys(k, heads), _keys(v, heads), _keys(dk, heads), _keys(dv, heads)
+    for g, a, b, first, last, hidden in _blocks(lengths, len(k) - len(q), heads, window, block):
+        keys, values = ks[g, first:last], vs[g, first:last]  # [g, s, dim]
+        p, scaled = _scores(qs[g, a:b], keys, hidden, space)  # [g, (b - a) group, s]
+        rows = (len(p), p.shape[1], -1)
+        p -= lses[g, a:b].reshape(rows)
+        np.exp(p, out=p)
+        drows = douts[g, a:b].reshape(rows)  # [g, (b - a) group, dim]
+        dvs[g, first:last] += p.mT @ drows
+        ds = np.matmul(drows, values.mT, out=space.take("dscores", p.shape, p.dtype))
+        ds -= corrections[g, a:b].reshape(rows)
+        ds *= p
+        dks[g, first:last] += ds.mT @ scaled  # scaled = q / sqrt(dim)
+        np.multiply((ds @ keys).reshape(dqs[g, a:b].shape), scale, out=dqs[g, a:b])
     return dq, dk, dv
 
 
+def _queries(x: Array, heads: Heads) -> Array:
+    """A view of rows of query heads [T, kv_heads * group * n] as [kv_heads, T, group, n]."""
+    return x.reshape(len(x), heads.kv_heads, heads.group, -1).swapaxes(0, 1)
+
+
+def _keys(x: Array, heads: Heads) -> Array:
+    """A view of rows of key or value heads [T, kv_heads * dim] as [kv_heads, T, dim]."""
+    return x.reshape(len(x), heads.kv_heads, -1).swapaxes(0, 1)
+
+
 def _blocks(
-    lengths: tuple[int, ...], past: int, window: int | None, block: int
-) -> list[tuple[int, int, int, int, NDArray[np.bool_]]]:
-    """Each block's queries [a, b), keys [first, last), and a mask [b - a, 1, keys] of the pairs left out."""
+    lengths: tuple[int, ...], past: int, heads: Heads, window: int | None, block: int
+) -> list[tuple[slice, int, int, int, int, NDArray[np.bool_]]]:
+    """Groups of heads, queries [a, b), keys [first, last), and a mask of the pairs left out.
+
+    The mask [b - a, 1, n] is for the last n of the keys; the queries see all the keys before.
+    """
     found = []
     start = 0
     for n in lengths:
@@ -107,32 +122,25 @@ def _blocks(
             b = min(a + block, start + n)
             first = start if window is None else max(start, a + past - window + 1)
             last = b + past
-            ahead = np.arange(first, last) - np.arange(a + past, last)[:, None]  # key position less query's
+            masked = a + past if window is None else first
+            ahead = np.arange(masked, last) - np.arange(a + past, last)[:, None]  # key position less query's
             hidden = ahead > 0
             if window is not None:
                 hidden |= ahead <= -window
-            found.append((a, b, first, last, hidden[:, None, :]))
+            step = max(1, _SCORES // ((b - a) * heads.group * (last - first)))
+            for g in range(0, heads.kv_heads, step):
+                found.append((slice(g, g + step), a, b, first, last, hidden[:, None, :]))
         start += n
     return found
 
 
-def _columns(g: int, heads: Heads) -> tuple[slice, slice, slice]:
-    """Where the group g lies in rows of queries, in rows of keys or values, and among the query heads."""
-    dim, group = heads.dim, heads.group
-    return (
-        slice(g * group * dim, (g + 1) * group * dim),
-        slice(g * dim, (g + 1) * dim),
-        slice(g * group, (g + 1) * group),
-    )
-
-
-def _scores(
-    q: Array, keys: Array, hidden: NDArray[np.bool_], heads: Heads, space: Workspace
-) -> tuple[Array, Array]:
-    """q [t, group * dim], keys [s, dim] -> masked scores [t * group, s], q / sqrt(dim) [t * group, dim]."""
-    scaled = space.take("queries", (len(q) * heads.group, heads.dim), q.dtype)
-    np.multiply(q, 1 / math.sqrt(heads.dim), out=scaled.reshape(q.shape))
-    scores = space.take("scores", (len(scaled), len(keys)), q.dtype)
-    np.matmul(scaled, keys.T, out=scores)
-    np.copyto(scores.reshape(len(q), heads.group, -1), -np.inf, where=hidden)
+def _scores(q: Array, keys: Array, hidden: NDArray[np.bool_], space: Workspace) -> tuple[Array, Array]:
+    """q [g, t, group, dim], keys [g, s, dim] -> masked scores [g, t * group, s], q / sqrt(dim) as rows."""
+    groups, t, group, dim = q.shape
+    scaled = space.take("queries", q.shape, q.dtype)
+    np.multiply(q, 1 / math.sqrt(dim), out=scaled)
+    scaled = scaled.reshape(groups, t * group, dim)
+    scores = np.matmul(scaled, keys.mT, out=space.take("scores", (groups, t * group, keys.shape[1]), q.dtype))
+    seen = keys.shape[1] - hidden.shape[-1]
+    np.copyto(scores.reshape(groups, t, group, -1)[..., seen:], -np.inf, where=hidden)
     return scores, scaled
