@@ -146,5 +146,6 @@ def add_embedding_grad(dweight: Array, ids: NDArray[np.integer[Any]], dx: Array)
 
 
 def _cached_rows(x: Array) -> list[slice]:
-    step = max(1, _CACHED // x.shape[1])
+    # Single rows, even long ones, would cost the threads more in turns of the GIL than the cache saves.
+    step = max(4, _CACHED // x.shape[1])
     return [slice(i, i + step) for i in range(0, len(x), step)]
