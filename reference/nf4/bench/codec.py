@@ -64,16 +64,16 @@ def our_operations(x: np.ndarray[Any, np.dtype[np.float32]]) -> Contenders:
 def measure(sides: Mapping[str, Contenders], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Time every operation of every side, in seconds: {operation: {side: [one time a round]}}.
 
-    One round of warm-up is thrown away; the sides take turns, and who goes first alternates, so that a
-    machine that slows down slows both.
+    One round of warm-up an operation is thrown away; the sides take turns, and who goes first alternates,
+    so that a machine that slows down slows both.
     """
     names = list(sides)
     operations = list(sides[names[0]])
     times: dict[str, dict[str, list[float]]] = {op: {name: [] for name in names} for op in operations}
-    for turn in range(rounds + 1):
-        for operation in operations:
+    for operation in operations:
+        for turn in range(rounds + 1):
             for name in names if turn % 2 else reversed(names):
-                time.sleep(0.02)  # the other side's idle threads stop spinning
+                time.sleep(0.002)  # the other side's idle threads stop spinning
                 started = time.perf_counter()
                 result = sides[name][operation]()
                 elapsed = time.perf_counter() - started
