@@ -43,7 +43,7 @@ def narrow(x: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
     A NaN stays a NaN, with its sign: in bfloat16 its payload becomes that of the quiet NaN 0x7fc0.
     """
     out = np.empty(x.shape, dtype)
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         narrow_into(out, x)
     if dtype == BFLOAT16:
         nan = np.isnan(x)  # what a cast makes of a NaN's payload is not ours to say

@@ -42,8 +42,7 @@ PROMPTS = (
     help="The weights as MODEL stores them, or as training saw them: quantized and decoded.",
 )
 @click.option("--codebook", type=click.Choice(list(CODEBOOKS)), help="[default: as the adapter was trained]")
-@quantize_options[0]
-@quantize_options[1]
+@quantize_options
 @json_option
 def command(
     model: Path,

@@ -25,10 +25,26 @@ class Opened:
     weights: str
 
 
+def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --block-size and --double-quant to a command; None where they are not given."""
+    for option in (
+        click.option(
+            "--double-quant/--no-double-quant", default=None, help="[default: as the adapter was trained]"
+        ),
+        click.option(
+            "--block-size",
+            type=int,
+            help="Elements a scale: 32 to 4096.  [default: as the adapter was trained]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def weight_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --adapter, --codebook, --block-size and --double-quant to a command."""
+    function = quantize_options(function)
     for option in (
-        *quantize_options,
         click.option(
             "--codebook",
             type=click.Choice([*CODEBOOKS, AS_STORED]),
@@ -38,16 +54,6 @@ def weight_options(function: Callable[..., Any]) -> Callable[..., Any]:
     ):
         function = option(function)
     return function
-
-
-quantize_options = (
-    click.option(
-        "--double-quant/--no-double-quant", default=None, help="[default: as the adapter was trained]"
-    ),
-    click.option(
-        "--block-size", type=int, help="Elements a scale: 32 to 4096.  [default: as the adapter was trained]"
-    ),
-)
 
 
 def settle(
