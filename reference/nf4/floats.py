@@ -15,7 +15,10 @@ DTYPES = {"float32": FLOAT32, "float16": FLOAT16, "bfloat16": BFLOAT16}
 
 
 def widen_into(out: NDArray[np.float32], x: NDArray[Any]) -> None:
-    """Write x (float32, float16 or bfloat16) into out (float32) of the same shape, exactly (NF4-7.1)."""
+    """Write x (float32, float16 or bfloat16) into out (float32) of the same shape, exactly (NF4-7.1).
+
+    A NaN stays one, with bits that depend on the machine; widen gives those of the clause.
+    """
     if x.dtype == BFLOAT16:
         np.left_shift(x.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
     else:
@@ -23,9 +26,14 @@ def widen_into(out: NDArray[np.float32], x: NDArray[Any]) -> None:
 
 
 def widen(x: NDArray[Any]) -> NDArray[np.float32]:
-    """Return x (float32, float16 or bfloat16, any shape) as a new float32 array, exactly (NF4-7.1)."""
+    """Return x (float32, float16 or bfloat16, any shape) as a new float32 array, exactly (NF4-7.1).
+
+    A 16-bit NaN becomes 7fc00000 or, with the sign set, ffc00000.
+    """
     out = np.empty(x.shape, np.float32)
     widen_into(out, x)
+    if x.dtype != FLOAT32:
+        _set_quiet_nans(out, np.isnan(out), 0x7FC00000)
     return out
 
 
@@ -40,15 +48,21 @@ def narrow_into(out: NDArray[Any], x: NDArray[np.float32]) -> None:
 def narrow(x: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return x (float32, any shape) rounded once to dtype: float32, float16 or bfloat16 (NF4-7.2, NF4-7.3).
 
-    A NaN stays a NaN, with its sign: in bfloat16 its payload becomes that of the quiet NaN 0x7fc0.
+    A NaN becomes 7e00 or 7fc0, with its sign; float32 to float32 changes no bit.
     """
     out = np.empty(x.shape, dtype)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         narrow_into(out, x)
-    if dtype == BFLOAT16:
-        nan = np.isnan(x)  # what a cast makes of a NaN's payload is not ours to say
-        out.view(np.uint16)[nan] = np.where(np.signbit(x[nan]), 0xFFC0, 0x7FC0)
+    if dtype != FLOAT32:
+        _set_quiet_nans(out, np.isnan(x), 0x7FC0 if dtype == BFLOAT16 else 0x7E00)
     return out
+
+
+def _set_quiet_nans(out: NDArray[Any], nan: NDArray[np.bool_], quiet: int) -> None:
+    """Give out, where nan is true, the bits of quiet and the sign it has: what a cast gives depends on the CPU."""
+    bits = out.view(np.dtype(f"u{out.itemsize}"))
+    sign = 1 << 8 * out.itemsize - 1
+    bits[nan] = bits[nan] & sign | quiet
 
 
 def round_to_float32(x: Fraction) -> np.float32:

@@ -42,10 +42,12 @@ def init_lora(
 ) -> LoRA:
     """A fresh adapter for the module `name` (NF4-9.3): A uniform in +-1/sqrt(in), B zero.
 
-    Raises InputError for a rank below 1, a dropout outside [0, 1) or a dtype other than float32 and bfloat16.
+    Raises InputError for a rank or a number of inputs below 1, a dropout outside [0, 1) or a dtype other than
+    float32 and bfloat16.
     """
-    if rank < 1:
-        raise InputError(f"LoRA rank {rank} for {name}: it must be at least 1")
+    for what, count in (("rank", rank), ("number of inputs", in_features)):
+        if count < 1:
+            raise InputError(f"LoRA {what} {count} for {name}: it must be at least 1")
     if np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
         raise InputError(f"LoRA dtype {np.dtype(dtype)} for {name}: choose float32 or bfloat16")
     drop_threshold(dropout)

@@ -69,7 +69,12 @@ def permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 
 
 def _draw(seed: int, blocks: int, sample: int, stream: int, purpose: int) -> NDArray[np.uint32]:
-    """Philox of the counters (i, sample, stream, purpose) for i below blocks, keyed by the seed."""
+    """Philox of the counters (i, sample, stream, purpose) for i below blocks, keyed by the seed (NF4-11.2).
+
+    Raises InputError for more blocks than the 32-bit counter can number.
+    """
+    if blocks > 1 << 32:
+        raise InputError(f"a draw of {blocks} blocks; at most 2^32 can be numbered, so split it over samples")
     key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
     out = np.empty((blocks, 4), np.uint32)
     words = np.empty((4, min(blocks, _CHUNK)), np.uint64)

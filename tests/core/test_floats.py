@@ -25,7 +25,8 @@ def test_every_16_bit_pattern_widens_exactly_and_comes_back(dtype: str) -> None:
     assert bits_of(wide[finite]) == expected
     infinite = magnitude == infinity
     assert bits_of(wide[infinite]) == [0x7F800000, 0xFF800000]
-    assert np.isnan(wide[~(finite | infinite)]).all()
+    assert set(bits_of(wide[magnitude > infinity])) == {0x7FC00000, 0xFFC00000}
+    assert np.array_equal(np.signbit(wide), ALL >= 0x8000)
     assert narrow(wide[~np.isnan(wide)], DTYPES[dtype]).tobytes() == x[~np.isnan(wide)].tobytes()
 
 
@@ -65,10 +66,7 @@ def test_narrowing_any_finite_float32(bits: list[int], dtype: str) -> None:
 def test_nan_and_infinity_narrow_to_themselves() -> None:
     x = from_bits([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7F800000, 0xFF800000], "float32")
     assert bits_of(narrow(x, DTYPES["bfloat16"])) == [0x7FC0, 0xFFC0, 0x7FC0, 0xFFC0, 0x7F80, 0xFF80]
-    half = narrow(x, DTYPES["float16"])
-    assert np.isnan(half[:4]).all()
-    assert np.signbit(half).tolist() == [False, True] * 3
-    assert np.isinf(half[4:]).all()
+    assert bits_of(narrow(x, DTYPES["float16"])) == [0x7E00, 0xFE00, 0x7E00, 0xFE00, 0x7C00, 0xFC00]
 
 
 @few

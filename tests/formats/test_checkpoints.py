@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from nf4.codebooks import Codebook
 from nf4.errors import InputError
 from nf4.formats.bitsandbytes import load_tensor, save_tensor, write_dequantized, write_quantized
 from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
@@ -299,12 +300,20 @@ def state(tensors: dict[str, Any], drop: str | None = None, **changes: Any) -> d
 
 @pytest.mark.parametrize("codebook", ["nf4", "fp4", "fp4-e2m1", "int4"])
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("shape", [(6, 50), (7, 3), (5,), ()], ids=str)
+@pytest.mark.parametrize("shape", [(6, 50), (7, 3), (5,), (), (0,), (3, 0)], ids=str)
 def test_one_tensor_round_trip(codebook: str, double: bool, shape: tuple[int, ...], tmp_path: Path) -> None:
     x = np.random.default_rng(1).standard_normal(shape).astype(BFLOAT16)
     q = quantize(x, 32, codebook, double)
     save_tensor(q, tmp_path / "w")
     assert load_tensor(tmp_path / "w") == q
+    assert dequantize(load_tensor(tmp_path / "w")).shape == shape
+
+
+def test_a_codebook_no_reader_knows_is_not_written(tmp_path: Path) -> None:
+    mine = Codebook("mine", np.linspace(-1, 1, 16, dtype=np.float32))
+    with pytest.raises(InputError, match="'mine' can't be stored"):
+        quantize(np.ones(8, np.float32), codebook=mine).save(tmp_path / "w.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("storage", [np.int8, np.float16, ml_dtypes.bfloat16, np.float32], ids=str)
@@ -343,7 +352,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "unknown key": (lambda t: state(t, extra=1), "['extra']"),
     "missing key": (lambda t: state(t, drop="blocksize"), "['blocksize']"),
     "bad dtype": (lambda t: state(t, dtype="float64"), "float64"),
-    "bad shape": (lambda t: state(t, shape=[-6, -50]), "positive integers"),
+    "bad shape": (lambda t: state(t, shape=[-6, -50]), "from 0 to 2^48"),
     "huge shape": (lambda t: state(t, shape=[2**40, 2**40]), "bytes of codes"),
     "other shape": (lambda t: state(t, shape=[6, 60]), "150 bytes of codes"),
     "bad block size": (lambda t: state(t, blocksize=48), "power of two"),

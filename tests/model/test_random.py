@@ -84,3 +84,8 @@ def test_bad_dropout_is_refused(p: float) -> None:
 
 def test_streams_of_names() -> None:
     assert stream_of("123456789") == 0xCBF43926  # the check value of CRC-32
+
+
+def test_a_draw_beyond_the_counter_is_refused() -> None:
+    with pytest.raises(InputError, match=r"at most 2\^32"):
+        uniform(0, 0, (1 << 34) + 1)

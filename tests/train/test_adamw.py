@@ -1,6 +1,7 @@
 """AdamW against the same recurrence in exact order, and against the formula in float64."""
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from nf4.errors import InputError
 from nf4.train.adamw import AdamW, clip_grad_norm, gradient_norm
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -132,3 +134,30 @@ def test_a_norm_that_is_not_finite_changes_nothing() -> None:
     grads = {"a": np.array([1.0, np.inf], np.float32)}
     assert clip_grad_norm(grads, 1.0) == math.inf
     assert grads["a"].tolist() == [1.0, math.inf]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": (1.0, 0.999)},
+        {"betas": (0.9, 1.0)},
+        {"betas": (-0.1, 0.999)},
+        {"betas": (math.nan, 0.999)},
+        {"eps": -1e-8},
+        {"eps": math.inf},
+        {"weight_decay": math.nan},
+    ],
+)
+def test_constants_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="must be"):
+        AdamW({"p": np.zeros(3, np.float32)}, **options)
+
+
+@pytest.mark.parametrize("bad", [-1e-3, math.nan, math.inf])
+def test_a_rate_or_norm_out_of_range_is_refused(bad: float) -> None:
+    p = {"p": np.ones(3, np.float32)}
+    with pytest.raises(InputError, match="learning rate"):
+        AdamW(p).step(p, bad)
+    if not bad > 0:
+        with pytest.raises(InputError, match="max_norm"):
+            clip_grad_norm(p, bad)

@@ -66,8 +66,8 @@ class QuantState:
         if not isinstance(fields["dtype"], str) or fields["dtype"] not in DTYPES:
             raise InputError(f"{where}: dtype {fields['dtype']!r} isn't one of {', '.join(DTYPES)}")
         shape = fields["shape"]
-        if not isinstance(shape, list) or not all(type(size) is int and 0 < size < 2**48 for size in shape):
-            raise InputError(f"{where}: shape {shape!r} isn't a list of positive integers")
+        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
+            raise InputError(f"{where}: shape {shape!r} isn't a list of integers from 0 to 2^48 - 1")
         for key in ("blocksize", "nested_blocksize")[: 1 + nested]:
             size = fields[key]
             if type(size) is not int or not 32 <= size <= 4096 or size & (size - 1):
@@ -249,7 +249,14 @@ def weight_specs(
 
 
 def weight_tensors(name: str, q: QuantizedTensor) -> dict[str, NDArray[Any]]:
-    """The tensors a quantized weight takes in a file: those weight_specs announced (NF4-8.4)."""
+    """The tensors a quantized weight takes in a file: those weight_specs announced (NF4-8.4).
+
+    Raises InputError for a codebook of another name than the four, which no reader could tell.
+    """
+    if q.codebook.name not in CODEBOOKS:
+        raise InputError(
+            f"codebook {q.codebook.name!r} can't be stored; a file names one of {', '.join(CODEBOOKS)}"
+        )
     nested = q.absmax if isinstance(q.absmax, NestedAbsmax) else None
     state = QuantState(
         q.codebook.name,
@@ -271,9 +278,9 @@ def weight_tensors(name: str, q: QuantizedTensor) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def save_tensor(q: QuantizedTensor, path: str | Path) -> None:
-    """Save one quantized tensor as a safetensors file, under the name "weight" (NF4-8.4)."""
-    tensors = weight_tensors("weight", q)
+def save_tensor(q: QuantizedTensor, path: str | Path, name: str = "weight") -> None:
+    """Save one quantized tensor under its name as a safetensors file (NF4-8.4)."""
+    tensors = weight_tensors(name, q)
     specs = {name: TensorSpec(value.dtype, value.shape) for name, value in tensors.items()}
     with SafetensorsWriter(path, specs) as writer:
         for name, value in tensors.items():

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4 import parallel
+from nf4.errors import InputError
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CHUNK = (
@@ -21,7 +22,7 @@ class AdamW:
 
     params are float32 or bfloat16, C-contiguous; the states m and v are float32 in every case. Weight decay
     acts on arrays of two or more dimensions, never on norms and biases. Raises ValueError for another
-    dtype or layout.
+    dtype or layout, and InputError for constants out of their range.
     """
 
     def __init__(
@@ -35,6 +36,11 @@ class AdamW:
         for name, p in params.items():
             if p.dtype not in (np.dtype(np.float32), _BFLOAT16) or not p.flags.c_contiguous:
                 raise ValueError(f"{name}: AdamW takes C-contiguous float32 or bfloat16, not {p.dtype}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise InputError(f"AdamW's betas are {betas}; each must be at least 0 and below 1")
+        for what, value in (("eps", eps), ("weight decay", weight_decay)):
+            if not 0 <= value < math.inf:
+                raise InputError(f"AdamW's {what} is {value}; it must be finite and at least 0")
         self.params = dict(params)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
         self.m = {name: np.zeros(p.shape, np.float32) for name, p in self.params.items()}
@@ -53,7 +59,12 @@ class AdamW:
         self.steps, self._powers = steps, (power1, power2)
 
     def step(self, grads: Mapping[str, NDArray[Any]], lr: float) -> None:
-        """Update every parameter once with the gradients of the same names and shapes. NF4-10.4, NF4-10.5"""
+        """Update every parameter once with the gradients of the same names and shapes. NF4-10.4, NF4-10.5
+
+        Raises InputError unless lr is finite and at least 0 (NF4-10.2).
+        """
+        if not 0 <= lr < math.inf:
+            raise InputError(f"the learning rate is {lr}; it must be finite and at least 0")
         beta1, beta2 = self.betas
         self.steps += 1
         self._powers = (self._powers[0] * beta1, self._powers[1] * beta2)
@@ -120,8 +131,11 @@ def clip_grad_norm(grads: Mapping[str, NDArray[Any]], max_norm: float) -> float:
     """Scale the gradients in place so that their norm is at most max_norm; return the norm before. NF4-10.7
 
     The factor is max_norm/(norm + 1e-6), as in PyTorch, and is applied where it is below 1; a max_norm of 0
-    clips nothing. A norm that is not finite leaves the gradients as they are.
+    clips nothing. A norm that is not finite leaves the gradients as they are. Raises InputError unless
+    max_norm is at least 0.
     """
+    if not max_norm >= 0:
+        raise InputError(f"max_norm is {max_norm}; it must be at least 0")
     norm = gradient_norm(grads)
     if max_norm > 0 and math.isfinite(norm):
         factor = max_norm / (norm + 1e-6)

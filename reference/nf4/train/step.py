@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4 import parallel
+from nf4.errors import InputError
 from nf4.model.llama import Batch, Llama
 from nf4.train.data import IGNORE, Example
 
@@ -59,10 +60,13 @@ def train_step(
 
     The loss of every token weighs the same whatever micro-batch it is in. Gradients are summed micro-batch by
     micro-batch and group by group, so their bits depend on the number of threads but not on which ends first.
+    Raises InputError where no token of the step is a target.
     """
     targets = sum(
         int((example.targets != IGNORE).sum()) for examples, _ in micro_batches for example in examples
     )
+    if not targets:
+        raise InputError("the step has no target token: every target is -100; leave such sequences out")
     loss, tokens, grads = 0.0, 0, dict[str, NDArray[Any]]()
 
     def work(batch: Batch) -> tuple[float, dict[str, NDArray[Any]]]:
