@@ -40,7 +40,7 @@ _MAP = {"map": "float32"}
 _SCALING = {"reciprocal": "float32", "s": "float32"}
 _RANKED = {**_SCALING, "ranks": "uint8"}  # of the elements
 _CENTRED = {"centred": "float32", **_SCALING}  # r of NF4-6.3, and its scaling by nested block
-_DRAW = {"seed": "uint64", "stream": "uint32", "sample": "int"}
+_DRAW = {"seed": "uint64", "stream": "uint32", "sample": "uint64"}
 _LAYER = {
     "x": "float32",  # [T, in]
     **_PLAIN,
@@ -58,6 +58,8 @@ _LAYER = {
     "lengths": "ints",  # of the packed sequences; they sum to T
     "samples": "ints",  # the index of each sequence in the run
 }
+# the decoded weight, and 1 where dropout keeps an element of x
+_LAYER_STEPS = {"weight": "=dtype", "kept": "uint8"}
 _ADAMW = {
     "lr": "float64",
     "beta1": "float64",
@@ -95,9 +97,14 @@ OPERATIONS: dict[str, Operation] = {
     "philox": Operation(("NF4-11.1",), {"counter": "uint32", "key": "uint32"}, {"words": "uint32"}),
     "stream": Operation(("NF4-11.2",), {"name": "str"}, {"stream": "uint32"}),
     "uniform": Operation(("NF4-11.3",), {**_DRAW, "n": "int"}, {"y": "float32"}),
-    "keep_mask": Operation(("NF4-11.4",), {**_DRAW, "n": "int", "p": "float64"}, {"mask": "uint8"}),
+    "keep_mask": Operation(
+        ("NF4-11.4",), {**_DRAW, "n": "int", "p": "float64"}, {"mask": "uint8"}
+    ),  # 1: kept
     "permutation": Operation(
-        ("NF4-11.5",), {"seed": "uint64", "epoch": "int", "n": "int"}, {"order": "uint32"}
+        ("NF4-11.5",),
+        {"seed": "uint64", "epoch": "uint64", "n": "int"},
+        {"order": "uint32"},
+        steps={"draws": "uint64"},
     ),
     "init_adapter": Operation(
         ("NF4-9.3",),
@@ -108,7 +115,12 @@ OPERATIONS: dict[str, Operation] = {
         ("NF4-10.10",), {"seed": "uint64", "name": "str", "n": "int"}, {"y": "float32"}, tolerance={"y": 1e-6}
     ),
     "lora_forward": Operation(
-        ("NF4-9.1", "NF4-9.2", "NF4-9.4"), _LAYER, {"y": "float32"}, frozenset({"bias"}), {"y": 1e-5}
+        ("NF4-9.1", "NF4-9.2", "NF4-9.4"),
+        _LAYER,
+        {"y": "float32"},
+        frozenset({"bias"}),
+        {"y": 1e-5},
+        _LAYER_STEPS,
     ),
     "lora_backward": Operation(
         ("NF4-9.5",),
@@ -116,6 +128,7 @@ OPERATIONS: dict[str, Operation] = {
         {"dx": "float32", "dA": "float32", "dB": "float32"},
         frozenset({"bias"}),
         {"dx": 1e-4, "dA": 1e-4, "dB": 1e-4},
+        _LAYER_STEPS,
     ),
     "adamw": Operation(
         ("NF4-10.1", "NF4-10.2", "NF4-10.3", "NF4-10.4", "NF4-10.5"),
@@ -123,6 +136,7 @@ OPERATIONS: dict[str, Operation] = {
         | {"shape": "shape", "updates": "int"}  # t before this update
         | _ADAMW,
         {"p": "=dtype", "m": "float32", "v": "float32"},
+        steps={"scalars": "float32", "d": "float32", "u": "float32"},  # scalars: step, root, decay
     ),
     "learning_rate": Operation(
         ("NF4-10.6",),
@@ -171,7 +185,8 @@ OPERATIONS: dict[str, Operation] = {
             "B": "=adapter_dtype",
         },
         tolerance={"loss": 1e-5, "dx": 1e-4, "dA": 1e-4, "dB": 1e-4, "norm": 1e-4, "A": 1e-4, "B": 1e-4},
-    ),
+        steps=_LAYER_STEPS,
+    ),  # dx, dA and dB before clipping, A and B after the first update
     "read_tensor": Operation(
         ("NF4-8.2", "NF4-8.4", "NF4-8.5"), {"file": "bytes", "name": "str"}, {"y": "arrays"}
     ),  # y: the decoded tensor under its name
@@ -181,7 +196,9 @@ OPERATIONS: dict[str, Operation] = {
         {"file": "bytes"},
         frozenset({"absmax", *_NESTED}),  # either absmax or the three of its nested form
     ),
-    "read_model": Operation(("NF4-8.1", "NF4-8.9"), {"files": "files"}, {"tensors": "arrays"}),
+    "read_model": Operation(
+        ("NF4-8.1", "NF4-8.9"), {"files": "files"}, {"tensors": "arrays"}
+    ),  # the parameters under their Hugging Face names, those in 4 bits decoded, without a tied head
     "quantize_model": Operation(
         ("NF4-8.6",),
         {"files": "files", "block_size": "int", "codebook": "codebook", "double_quant": "bool"},
@@ -191,12 +208,13 @@ OPERATIONS: dict[str, Operation] = {
         ("NF4-8.7", "NF4-9.6"),
         {"files": "files", "model": "files"},
         {"tensors": "arrays", "scales": "arrays"},
-    ),  # model: the config.json of the model it is for; scales: float64 [1] by module
+    ),  # model: the config.json of the model it is for; tensors: M.A and M.B of each module M in float32;
+    # scales: float64 [1] by module
     "merge": Operation(
         ("NF4-8.8",),
         {"weight": "=dtype", "shape": "shape", "dtype": "dtype", "A": "float32", "B": "float32"}
         | {"rank": "int", "scale": "float64"},
         {"y": "=dtype"},
-        tolerance={"y": 2**-7},
+        tolerance={"y": 2**-20},
     ),
 }

@@ -135,7 +135,7 @@ class Llama:
         adapters: dict[str, LoRA] | None = None,
     ) -> None:
         self.config, self.params, self.adapters = config, params, adapters or {}
-        _check_params(parameter_shapes(config), params)
+        check_params(config, params)
         _check_adapters(config, self.adapters)
         self.heads = Heads(
             config.num_key_value_heads,
@@ -498,7 +498,9 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _check_params(shapes: Mapping[str, tuple[int, ...]], params: Mapping[str, Any]) -> None:
+def check_params(config: LlamaConfig, params: Mapping[str, Any]) -> None:
+    """Refuse parameters that are not just those of the model, by name and shape (NF4-8.1)."""
+    shapes = parameter_shapes(config)
     for name, shape in shapes.items():
         if name not in params:
             raise InputError(f"the tensor {name} is missing; its shape would be {shape}")

@@ -146,8 +146,7 @@ class _Loader:
             raise InputError(
                 f"{path}: one example can't be split; give more, or the held-out ones by --eval-data"
             )
-        order = random.permutation(split_seed, _SPLIT_EPOCH, len(examples))
-        chosen = set(order[: max(1, len(examples) // _HELDOUT_SHARE)].tolist())
+        chosen = set(held_out(split_seed, len(examples)).tolist())
         train = [example for i, example in enumerate(examples) if i not in chosen]
         return train, [examples[i] for i in sorted(chosen)]
 
@@ -251,6 +250,16 @@ def evenly(examples: list[Example], most: int) -> list[Example]:
     if most <= 0 or len(examples) <= most:
         return examples
     return [examples[i * len(examples) // most] for i in range(most)]
+
+
+def held_out(seed: int, count: int) -> NDArray[np.int64]:
+    """Return the numbers of the examples held out of count, in the order they are drawn. NF4-10.8
+
+    Raises InputError where there are fewer than two.
+    """
+    if count < 2:
+        raise InputError(f"examples to hold some out of: {count}; there must be at least two")
+    return random.permutation(seed, _SPLIT_EPOCH, count)[: max(1, count // _HELDOUT_SHARE)]
 
 
 def ordering(

@@ -20,14 +20,14 @@ def random_params(config: LlamaConfig, seed: int) -> dict[str, NDArray[np.float3
     params: dict[str, NDArray[np.float32]] = {}
     for name, shape in parameter_shapes(config).items():
         if len(shape) > 1:
-            params[name] = _normal(seed, stream_of(name), math.prod(shape)).reshape(shape)
+            params[name] = normal(seed, stream_of(name), math.prod(shape)).reshape(shape)
         else:
             params[name] = np.full(shape, 0.0 if name.endswith(".bias") else 1.0, np.float32)
     return params
 
 
-def _normal(seed: int, stream: int, n: int) -> NDArray[np.float32]:
-    """Return n normal(0, 0.02) numbers by Box and Muller from pairs of uniforms."""
+def normal(seed: int, stream: int, n: int) -> NDArray[np.float32]:
+    """Return n normal(0, 0.02) numbers by Box and Muller from pairs of uniforms. NF4-10.10"""
     pairs = -(-n // 2)
     u = uniform(seed, stream, 2 * pairs)
     # 1 - u lies in (0, 1], where the logarithm is finite.
