@@ -90,11 +90,10 @@ def compare(
     spec = OPERATIONS[operation]
     bounds = spec.tolerance | dict(tolerance or {})
     packed = math.prod(given["shape"]) if "shape" in given else None
-    free_nan = operation in {"widen", "narrow"} and given.get("dtype") == "float16"  # the payload (NF4-7.3)
     for name in sorted(want, key=lambda name: _CAUSAL.index(name) if name in _CAUSAL else -1):
         if isinstance(want[name], np.ndarray):
             elements = packed if name == "codes" else None
-            found = _array(name, want[name], have[name], bounds.get(name), free_nan, elements)
+            found = _array(name, want[name], have[name], bounds.get(name), elements)
         else:
             found = _other(name, spec.outputs[name], want[name], have[name], bounds.get(name))
         if found is not None:
@@ -201,7 +200,6 @@ def _array(
     want: NDArray[Any],
     have: NDArray[Any],
     bound: float | None = None,
-    free_nan: bool = False,
     packed: int | None = None,
 ) -> Difference | None:
     """Compare two flat arrays of one dtype: bit by bit, or within bound of the largest magnitude expected.
@@ -212,8 +210,6 @@ def _array(
         what = f"{name} has {have.size} elements; {want.size} are expected"
         return Difference("length", what, name, count=abs(want.size - have.size), total=want.size)
     differs = _bits(want) != _bits(have)
-    if free_nan:
-        differs &= ~(np.isnan(want) & np.isnan(have) & (np.signbit(want) == np.signbit(have)))
     within = ""
     if bound is not None and differs.any():
         wide, wide_have = want.astype(np.float64), have.astype(np.float64)
