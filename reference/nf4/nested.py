@@ -56,6 +56,7 @@ DYNAMIC_MAP = from_hex(
 """The 8-bit dynamic map, float32 [256], ascending (NF4-6.2)."""
 
 _THRESHOLDS = midpoint_thresholds(DYNAMIC_MAP)
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,18 @@ def _search_table() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
 
 
 def encode_nested(absmax: NDArray[np.float32]) -> NestedAbsmax:
-    """Return the 8-bit form of absmax [blocks] (NF4-6.1 to NF4-6.3). absmax must be finite."""
+    """Return the 8-bit form of absmax [blocks] (NF4-6.1 to NF4-6.3).
+
+    Raises InputError, naming the block, where one is not finite, is negative, or would decode to an infinity
+    (NF4-6.6).
+    """
+    fine = (absmax >= 0) & (absmax < np.inf)
+    if not fine.all():
+        block = int(np.argmin(fine))
+        raise InputError(
+            f"cannot double-quantize: the absmax of block {block} is {absmax[block]}; "
+            "an absmax is finite and not negative"
+        )
     offset = exact_mean(absmax)
     below, limit = _search_table()
     codes = np.empty(absmax.size, np.uint8)
@@ -157,11 +169,37 @@ def encode_nested(absmax: NDArray[np.float32]) -> NestedAbsmax:
         codes[start:stop] = below.take(key) + (s > limit.take(key))
 
     map_chunks(work, absmax.size, _CHUNK)
-    return NestedAbsmax(codes, absmax2, offset, DYNAMIC_MAP)
+    nested = NestedAbsmax(codes, absmax2, offset, DYNAMIC_MAP)
+    if float(absmax2.max(initial=0)) + float(offset) > _LARGEST:  # the map is at most 1: others are safe
+        block = _first_nonfinite(_decode(nested))
+        if block is not None:
+            raise InputError(
+                f"cannot double-quantize: the absmax of block {block}, {absmax[block]}, would decode to an "
+                "infinity; scale the tensor down, or quantize it without double quantization"
+            )
+    return nested
 
 
 def decode_nested(nested: NestedAbsmax) -> NDArray[np.float32]:
-    """Return absmax [blocks] = RN(RN(map[code] * absmax2) + offset) (NF4-6.4)."""
+    """Return absmax [blocks] = RN(RN(map[code] * absmax2) + offset) (NF4-6.4).
+
+    Raises InputError, naming the block, where one is not finite (NF4-12.5).
+    """
+    absmax = _decode(nested)
+    block = _first_nonfinite(absmax)
+    if block is not None:
+        raise InputError(
+            f"cannot dequantize: the absmax of block {block} is {absmax[block]}; the tensor is damaged"
+        )
+    return absmax
+
+
+def _first_nonfinite(absmax: NDArray[np.float32]) -> int | None:
+    finite = np.isfinite(absmax)
+    return None if finite.all() else int(np.argmin(finite))
+
+
+def _decode(nested: NestedAbsmax) -> NDArray[np.float32]:
     size = nested.block_size
     absmax = nested.map[nested.codes]
     full = absmax.size // size

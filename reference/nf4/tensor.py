@@ -94,7 +94,8 @@ def quantize(
     """Quantize x, of any shape in C order, to 4 bits an element (NF4-3; NF4-6 if double_quant; NF4-12.4).
 
     x is float32, float16 or bfloat16. Raises InputError on another dtype or block size, on an unknown
-    codebook, and on a NaN or an infinity, saying where it is.
+    codebook, on a NaN or an infinity, saying where it is, and if double_quant on an absmax so large that it
+    would decode to an infinity (NF4-6.6).
     """
     x = np.asarray(x)
     check_dtype(x.dtype)
@@ -129,12 +130,15 @@ def dequantize(
             f"out is {out.dtype} {list(out.shape)}{'' if out.flags.c_contiguous else ' (not contiguous)'}, "
             f"must be contiguous {kind} of shape {list(q.shape)} or [{q.size}]"
         )
-    absmax = decode_nested(q.absmax) if isinstance(q.absmax, NestedAbsmax) else q.absmax
-    finite = np.isfinite(absmax)
-    if not finite.all():
-        block = int(np.argmin(finite))
-        raise InputError(
-            f"cannot dequantize: the absmax of block {block} is {absmax[block]}; the tensor is damaged"
-        )
+    if isinstance(q.absmax, NestedAbsmax):
+        absmax = decode_nested(q.absmax)
+    else:
+        absmax = q.absmax
+        finite = np.isfinite(absmax)
+        if not finite.all():
+            block = int(np.argmin(finite))
+            raise InputError(
+                f"cannot dequantize: the absmax of block {block} is {absmax[block]}; the tensor is damaged"
+            )
     decode(q.codes, absmax, q.block_size, q.codebook, out.reshape(-1))
     return out

@@ -11,6 +11,7 @@ from bits import bits_of, few, finite_bits, from_bits, spec_block
 from hypothesis import given
 from nf4.errors import InputError
 from nf4.nested import DYNAMIC_MAP, NestedAbsmax, decode_nested, encode_nested, exact_mean
+from nf4.tensor import quantize
 
 MAP = bits_of(DYNAMIC_MAP)
 
@@ -62,14 +63,37 @@ def test_codes_and_values(bits: list[int]) -> None:
 
 
 def test_a_value_on_a_threshold_goes_down() -> None:
-    """Values in pairs around 0 with a 1 among 256 of them: offset 0, nested absmax 1, s the value itself."""
-    thresholds = from_bits(oracle.midpoints(MAP), "float32")[128:]  # those above 0
-    for group in np.split(thresholds[:126], 2):
-        x = np.concatenate([group, [np.float32(1)]])
-        nested = encode_nested(np.concatenate([x, -x]))
-        assert (nested.offset, nested.absmax.tolist()) == (0, [1])
-        first = int(np.searchsorted(thresholds, group[0])) + 128
-        assert nested.codes[:63].tolist() == list(range(first, first + 63))
+    """Values in pairs around 1, from 0 to 2: offset and nested absmax 1, s the value less 1: a threshold."""
+    thresholds = from_bits(oracle.midpoints(MAP), "float32")
+    thresholds = thresholds[thresholds < -0.5]  # so that 1 more is exact
+    nested = encode_nested(np.concatenate([1 + thresholds, 1 - thresholds, [np.float32(0), np.float32(2)]]))
+    assert (nested.offset, nested.absmax.tolist()) == (1, [1])
+    assert nested.codes[: thresholds.size].tolist() == list(range(thresholds.size))
+
+
+@pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0xBF800000, 0x80000001])
+def test_what_is_no_absmax_is_refused(bits: int) -> None:
+    with pytest.raises(InputError, match=r"cannot double-quantize: the absmax of block 1 is .*not negative"):
+        encode_nested(from_bits([0x3F800000, bits], "float32"))
+
+
+def test_what_would_decode_to_an_infinity_is_refused() -> None:
+    """The one below the mean sets the nested absmax; s of the others is 0.5, whose code stands for more."""
+    absmax = from_bits([0x7F400000, 0x7F7FFFFF, 0x7F7FFFFF], "float32")
+    with pytest.raises(InputError, match=r"the absmax of block 1, 3\.40.*e\+38, would decode to an infinity"):
+        encode_nested(absmax)
+    with pytest.raises(InputError, match="cannot double-quantize: the absmax of block 1"):
+        quantize(np.repeat(absmax, 32), 32, double_quant=True)
+    largest = np.full(3, np.finfo(np.float32).max)
+    assert np.array_equal(decode_nested(encode_nested(largest)), largest)
+
+
+def test_what_decodes_to_an_infinity_is_refused() -> None:
+    nested = NestedAbsmax(
+        np.array([127, 255], np.uint8), np.array([3e38], np.float32), np.float32(3e38), DYNAMIC_MAP
+    )
+    with pytest.raises(InputError, match="cannot dequantize: the absmax of block 1 is inf"):
+        decode_nested(nested)
 
 
 def test_no_two_thresholds_share_an_upper_half() -> None:
