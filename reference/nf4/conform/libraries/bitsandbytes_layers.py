@@ -1,0 +1,139 @@
+"""The layer of bitsandbytes, Linear4bit, for the search of defects in its state."""
+
+from typing import Any
+
+import bitsandbytes
+import numpy as np
+import torch
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit, Params4bit
+from numpy.typing import NDArray
+
+from nf4.codebooks import CODEBOOKS
+from nf4.conform.layers import LayerSpec, Saved
+from nf4.floats import BFLOAT16, DTYPES
+from nf4.nested import NestedAbsmax
+from nf4.tensor import QuantizedTensor
+
+Array = NDArray[Any]
+
+
+class BitsandbytesLayers:
+    """Layers of bitsandbytes on the CPU (nf4.conform.layers.LayerPort)."""
+
+    def __init__(self) -> None:
+        self.name = f"bitsandbytes {bitsandbytes.__version__}"
+
+    def quantize(self, spec: LayerSpec) -> "BitsandbytesLayer":
+        """Return Linear4bit of the weight, quantized by moving it to the CPU."""
+        layer = _empty(spec)
+        layer.weight = Params4bit(
+            _to_torch(spec.weight),
+            blocksize=spec.block_size,
+            compress_statistics=spec.double_quant,
+            quant_type="nf4",
+            module=layer,
+        )
+        return BitsandbytesLayer(layer.to("cpu"))
+
+    def load(self, spec: LayerSpec, saved: Saved) -> "BitsandbytesLayer":
+        """Return Linear4bit of a state_dict, as transformers loads it."""
+        layer = _empty(spec)
+        state = {name: _to_torch(array) for name, array in saved.items()}
+        statistics = {name: value for name, value in state.items() if name.startswith("weight.")}
+        layer.weight = Params4bit.from_prequantized(
+            data=state["weight"], quantized_stats=statistics, device="cpu", module=layer
+        )
+        if spec.bias is not None:
+            layer.bias.data = state["bias"]
+        return BitsandbytesLayer(layer)
+
+    def read(self, spec: LayerSpec, saved: Saved) -> QuantizedTensor:
+        """Return the tensor of a state_dict (NF4-8.2)."""
+        absmax: Array | NestedAbsmax = saved["weight.absmax"]
+        if spec.double_quant:
+            state = functional.QuantState.from_dict(
+                {name: _to_torch(array) for name, array in saved.items() if name.startswith("weight.")},
+                device=torch.device("cpu"),
+            )
+            absmax = NestedAbsmax(
+                saved["weight.absmax"],
+                saved["weight.nested_absmax"],
+                np.float32(state.offset.item()),
+                saved["weight.nested_quant_map"],
+            )
+        return QuantizedTensor(
+            saved["weight"].reshape(-1),
+            absmax,
+            spec.weight.shape,
+            spec.weight.dtype,
+            spec.block_size,
+            CODEBOOKS["nf4"],
+        )
+
+    def limits(self) -> list[str]:
+        """Return what of bitsandbytes this processor does not run."""
+        limits = []
+        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+            limits.append(
+                f"{self.name}: this machine has no AVX-512, with which its dequantize runs another kernel; that one is not tried"
+            )
+        if not functional.has_avx512bf16():
+            limits.append(
+                f"{self.name}: this machine has no AVX512-BF16, with which an evaluation repacks the weights in place; "
+                "what follows from that is not tried"
+            )
+        return limits
+
+
+class BitsandbytesLayer:
+    """One Linear4bit (nf4.conform.layers.Layer)."""
+
+    def __init__(self, layer: Linear4bit) -> None:
+        self.layer = layer
+
+    def forward(self, x: Array, training: bool) -> Array:
+        """Return the output of the layer, in train or eval mode."""
+        self.layer.train(training)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            return _to_numpy(self.layer(_to_torch(x)))
+
+    def save(self) -> Saved:
+        """Return its state_dict."""
+        return {name: _to_numpy(tensor) for name, tensor in self.layer.state_dict().items()}
+
+    def dequantize(self) -> Array:
+        """Return dequantize_4bit of its weight and quant_state."""
+        with torch.compiler.set_stance("force_eager"):
+            return _to_numpy(
+                functional.dequantize_4bit(self.layer.weight.data, self.layer.weight.quant_state)
+            )
+
+
+def _empty(spec: LayerSpec) -> Linear4bit:
+    out_features, in_features = spec.weight.shape
+    layer = Linear4bit(
+        in_features,
+        out_features,
+        bias=spec.bias is not None,
+        compute_dtype=_to_torch(spec.weight[:0]).dtype,
+        compress_statistics=spec.double_quant,
+        quant_type="nf4",
+    )
+    if spec.bias is not None:
+        layer.bias.data = _to_torch(spec.bias)
+    return layer
+
+
+def _to_torch(array: Array) -> torch.Tensor:
+    array = array.copy()  # the library must not write into what is compared later
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _to_numpy(tensor: torch.Tensor) -> Array:
+    tensor = tensor.detach().clone()
+    if tensor.dtype == torch.bfloat16:
+        return np.asarray(tensor.view(torch.int16).numpy()).view(DTYPES["bfloat16"])
+    return np.asarray(tensor.numpy())

@@ -1,0 +1,340 @@
+"""Beyond the vectors: Hypothesis looks for an input on which a port and the reference part, and makes it small."""
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from nf4.blockwise import BLOCK_SIZES, block_count
+from nf4.codebooks import CODEBOOKS
+from nf4.conform import reference
+from nf4.conform.compare import Difference, compare
+from nf4.conform.port import Answer, Port
+from nf4.conform.python_port import PythonPort
+from nf4.conform.values import encode_input
+from nf4.errors import InputError
+from nf4.floats import DTYPES
+from nf4.nested import DYNAMIC_MAP, NESTED_BLOCK_SIZE
+from nf4.testing import absmax_lists, bit_patterns, quantized, shapes, tensors
+
+_QUESTIONS_TO_SHRINK = 500  # a port that takes its time must not be asked for ever
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The smallest input found on which a port leaves the specification, and both answers (NF4-13.4).
+
+    difference is None where the port errored instead of answering.
+    """
+
+    operation: str
+    input: Mapping[str, Any]
+    expected: Answer
+    got: Answer
+    difference: Difference | None
+
+
+def search(port: Port, operations: Iterable[str], seed: int = 0, examples: int = 200) -> list[Found]:
+    """Ask a port for examples drawn inputs of each operation, and return what it gets wrong: one for each operation.
+
+    Operations that the port does not offer, or that have no inputs here (files), are passed over; what it skips is
+    right. The same seed finds the same. Raises HarnessError where the port can't be asked any more.
+    """
+    truth = PythonPort(reference, "reference")
+    found = (
+        _search_one(port, truth, operation, seed, examples)
+        for operation in operations
+        if operation in port.operations and operation in INPUTS
+    )
+    return [one for one in found if one is not None]
+
+
+class _Differs(Exception):  # noqa: N818  it carries a find
+    def __init__(self, found: Found) -> None:
+        super().__init__(found.operation)
+        self.found = found
+
+
+def _search_one(port: Port, truth: Port, operation: str, seed: int, examples: int) -> Found | None:
+    # A port need not answer the same twice, and Hypothesis asks again: an input is asked once.
+    asked: dict[str, Found | None] = {}
+    first_find: int | None = None
+
+    @seeded(zlib.crc32(operation.encode()) + seed)
+    @settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        verbosity=Verbosity.quiet,
+        report_multiple_bugs=False,
+    )
+    @given(INPUTS[operation])
+    def ask(fields: Fields) -> None:
+        nonlocal first_find
+        question = encode_input(operation, fields, "the search")
+        key = json.dumps(question, sort_keys=True)
+        if key not in asked:
+            if first_find is not None and len(asked) - first_find > _QUESTIONS_TO_SHRINK:
+                return
+            asked[key] = _ask(port, truth, f"search-{operation}-{len(asked)}", operation, question)
+        found = asked[key]
+        if found is not None:
+            first_find = len(asked) if first_find is None else first_find
+            raise _Differs(found)
+
+    try:
+        ask()
+    except _Differs as differs:
+        return differs.found
+    return None
+
+
+def _ask(port: Port, truth: Port, id: str, operation: str, question: Fields) -> Found | None:
+    expected = truth.run(id, operation, question)
+    if expected.kind not in {"output", "refused"}:
+        raise AssertionError(f"the reference {expected.kind} on {operation}: {expected.message}")
+    got = port.run(id, operation, question)
+    if got.kind == "skipped":
+        return None
+    difference = None
+    if got.kind != "errored":
+        try:
+            difference = compare(operation, question, expected, got)
+        except InputError as error:  # not the outputs of this operation at all
+            got = Answer("errored", message=str(error))
+    if difference is None and got.kind != "errored":
+        return None
+    return Found(operation, question, expected, got, difference)
+
+
+_dtypes = st.sampled_from(list(DTYPES))
+_training_dtypes = st.sampled_from(["float32", "bfloat16"])
+_codebooks = st.sampled_from(list(CODEBOOKS))
+_block_sizes = st.one_of(st.sampled_from([32, 64]), st.sampled_from(BLOCK_SIZES))
+_names = st.one_of(
+    st.sampled_from(["model.layers.0.self_attn.q_proj", ""]),
+    st.text(st.characters(codec="utf-8"), max_size=20),
+)
+
+
+def _float64(low: float, high: float) -> st.SearchStrategy[NDArray[np.float64]]:
+    return st.floats(low, high).map(lambda value: np.array([value]))
+
+
+def _uint(bits: int) -> st.SearchStrategy[NDArray[Any]]:
+    dtype = np.uint32 if bits == 32 else np.uint64
+    small, whole = st.integers(0, 10), st.integers(0, 2**bits - 1)
+    return st.one_of(small, whole).map(lambda value: np.array([value], dtype))
+
+
+@st.composite
+def _moderate(draw: st.DrawFn, size: int, positive: bool = False) -> NDArray[np.float32]:
+    """Float32 [size] of magnitudes from 2^-20 to 16 and zeros: sums of their products are far from the limits."""
+    magnitude = st.one_of(st.just(0), st.integers(0x35800000, 0x41800000))
+    some = draw(st.lists(magnitude, min_size=1, max_size=20))
+    bits = np.resize(np.array(some, np.uint32), size)
+    if not positive:
+        bits = bits | np.resize(np.array(draw(st.lists(st.sampled_from([0, 1 << 31]), min_size=1))), size)
+    return bits.astype(np.uint32).view(np.float32)
+
+
+def _few_elements(block_size: int) -> st.SearchStrategy[tuple[int, ...]]:
+    """Shapes of blocks enough to cross, without the weight of four of the largest."""
+    return shapes(block_size, min(4 * block_size, block_size + 300))
+
+
+@st.composite
+def _array_to_quantize(draw: st.DrawFn) -> Fields:
+    dtype, block_size, codebook = draw(_dtypes), draw(_block_sizes), draw(_codebooks)
+    x = draw(tensors(dtype, block_size, codebook, draw(_few_elements(block_size))))
+    flat = x.reshape(-1).copy()
+    if flat.size and draw(st.integers(0, 9)) == 9:
+        flat[draw(st.integers(0, flat.size - 1))] = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+    return {
+        "x": flat,
+        "shape": list(x.shape),
+        "dtype": dtype,
+        "block_size": block_size,
+        "codebook": codebook,
+    }
+
+
+@st.composite
+def _quantized(draw: st.DrawFn, nested: bool) -> Fields:
+    dtype, block_size, codebook = draw(_dtypes), draw(_block_sizes), draw(_codebooks)
+    q = draw(quantized(dtype, block_size, codebook, shape=draw(_few_elements(block_size))))
+    blocks = block_count(q.size, block_size)
+    if nested:
+        absmax = draw(_nested(blocks))
+    elif draw(st.booleans()):
+        absmax = {"absmax": q.absmax}
+    else:
+        absmax = {"absmax": draw(bit_patterns("float32", blocks, finite=draw(st.integers(0, 9)) < 9))}
+    tensor = {"shape": list(q.shape), "dtype": dtype, "block_size": block_size, "codebook": codebook}
+    return {"codes": q.codes, **absmax, **tensor}
+
+
+@st.composite
+def _nested(draw: st.DrawFn, blocks: int | None = None) -> Fields:
+    if blocks is None:
+        blocks = draw(st.one_of(st.integers(0, 8), st.sampled_from([255, 256, 257, 513])))
+    codes = np.resize(np.frombuffer(draw(st.binary(min_size=1, max_size=40)), np.uint8), blocks)
+    absmax = draw(absmax_lists(block_count(blocks, NESTED_BLOCK_SIZE), signed=draw(st.booleans())))
+    table = draw(st.one_of(st.just(DYNAMIC_MAP), bit_patterns("float32", 256)))
+    return {
+        "absmax_codes": codes,
+        "nested_absmax": absmax,
+        "offset": draw(absmax_lists(1, signed=draw(st.booleans()))),
+        "map": table,
+    }
+
+
+@st.composite
+def _any_bits(draw: st.DrawFn, operation: str) -> Fields:
+    dtype = draw(_dtypes)
+    x = draw(bit_patterns(dtype if operation == "widen" else "float32", finite=False))
+    return {"x": x, "dtype": dtype}
+
+
+@st.composite
+def _layer(draw: st.DrawFn, backward: bool) -> Fields:
+    dtype, block_size, adapter_dtype = draw(_dtypes), draw(_block_sizes), draw(_training_dtypes)
+    wide, high, rank = (draw(st.integers(1, limit)) for limit in (70, 8, 3))
+    lengths = draw(st.lists(st.integers(1, 4), min_size=1, max_size=2))
+    rows = sum(lengths)
+    codes = np.resize(np.frombuffer(draw(st.binary(min_size=1, max_size=40)), np.uint8), -(-wide * high // 2))
+    factors = {
+        name: draw(_moderate(n)).astype(DTYPES[adapter_dtype])
+        for name, n in (("A", rank * wide), ("B", high * rank))
+    }
+    fields = {
+        "x": draw(_moderate(rows * wide)),
+        "codes": codes,
+        "absmax": draw(_moderate(block_count(wide * high, block_size), positive=True)),
+        "shape": [high, wide],
+        "dtype": dtype,
+        "block_size": block_size,
+        "codebook": draw(_codebooks),
+        **factors,
+        "adapter_dtype": adapter_dtype,
+        "rank": rank,
+        "alpha": draw(st.sampled_from([16.0, 1.0, 8.0]).map(lambda value: np.array([value]))),
+        "rslora": draw(st.booleans()),
+        "dropout": draw(st.sampled_from([0.0, 0.1, 0.5]).map(lambda value: np.array([value]))),
+        "seed": draw(_uint(64)),
+        "stream": draw(_uint(32)),
+        "lengths": lengths,
+        "samples": draw(st.lists(st.integers(0, 9), min_size=len(lengths), max_size=len(lengths))),
+    }
+    if draw(st.booleans()):
+        fields["bias"] = draw(_moderate(high))
+    if backward:
+        fields["dout"] = draw(_moderate(rows * high))
+    return fields
+
+
+@st.composite
+def _update(draw: st.DrawFn) -> Fields:
+    dtype = draw(_training_dtypes)
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=2))
+    n = math.prod(shape)
+    return {
+        "p": draw(_moderate(n)).astype(DTYPES[dtype]),
+        "dtype": dtype,
+        "g": draw(_moderate(n)),
+        "m": draw(_moderate(n)),
+        "v": draw(_moderate(n, positive=True)),
+        "shape": shape,
+        "updates": draw(st.integers(0, 50)),
+        "lr": draw(_float64(0, 0.1)),
+        "beta1": draw(st.sampled_from([0.9, 0.8, 0.95]).map(lambda value: np.array([value]))),
+        "beta2": draw(st.sampled_from([0.999, 0.95, 0.99]).map(lambda value: np.array([value]))),
+        "eps": draw(st.sampled_from([1e-8, 1e-6]).map(lambda value: np.array([value]))),
+        "weight_decay": draw(st.sampled_from([0.0, 0.01, 0.1]).map(lambda value: np.array([value]))),
+    }
+
+
+@st.composite
+def _loss(draw: st.DrawFn) -> Fields:
+    vocabulary = draw(st.integers(1, 8))
+    parts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    rows = sum(parts)
+    target = st.one_of(st.integers(0, vocabulary - 1), st.just(-100))
+    return {
+        "logits": draw(_moderate(rows * vocabulary)),
+        "vocabulary": vocabulary,
+        "targets": draw(st.lists(target, min_size=rows, max_size=rows)),
+        "parts": parts,
+    }
+
+
+@st.composite
+def _rate(draw: st.DrawFn) -> Fields:
+    steps = draw(st.integers(1, 100))
+    return {
+        "step": draw(st.integers(0, steps - 1)),
+        "steps": steps,
+        "warmup": draw(st.integers(0, steps)),
+        "schedule": draw(st.sampled_from(["constant", "linear", "cosine"])),
+        "lr": draw(_float64(0, 1)),
+    }
+
+
+def _keyed(**more: st.SearchStrategy[Any]) -> st.SearchStrategy[Fields]:
+    draw = {"seed": _uint(64), "stream": _uint(32), "sample": _uint(64), "n": st.integers(0, 40)}
+    return st.fixed_dictionaries(draw | more)
+
+
+def _dict(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[Fields]:
+    return st.fixed_dictionaries(fields)
+
+
+def _words(n: int) -> st.SearchStrategy[NDArray[np.uint32]]:
+    return st.lists(st.integers(0, 2**32 - 1), min_size=n, max_size=n).map(lambda w: np.array(w, np.uint32))
+
+
+INPUTS: dict[str, st.SearchStrategy[Fields]] = {
+    "codebook": _dict(codebook=_codebooks),
+    "widen": _any_bits("widen"),
+    "narrow": _any_bits("narrow"),
+    "quantize": _array_to_quantize(),
+    "dequantize": _quantized(nested=False),
+    "encode_absmax": _dict(absmax=absmax_lists()),
+    "decode_absmax": _nested(),
+    "quantize_double": _array_to_quantize(),
+    "dequantize_double": _quantized(nested=True),
+    "storage": _dict(elements=st.integers(0, 2**28), block_size=_block_sizes, double_quant=st.booleans()),
+    "philox": _dict(counter=_words(4), key=_words(2)),
+    "stream": _dict(name=_names),
+    "uniform": _keyed(),
+    "keep_mask": _keyed(
+        p=st.one_of(_float64(0, 1), st.sampled_from([0.0, 0.5, 1.5]).map(lambda p: np.array([p])))
+    ),
+    "permutation": _dict(seed=_uint(64), epoch=_uint(64), n=st.integers(0, 50)),
+    "init_adapter": _dict(
+        seed=_uint(64),
+        name=_names,
+        in_features=st.integers(1, 40),
+        rank=st.integers(1, 4),
+        dtype=_training_dtypes,
+    ),
+    "init_matrix": _dict(seed=_uint(64), name=_names, n=st.integers(1, 40)),
+    "lora_forward": _layer(backward=False),
+    "lora_backward": _layer(backward=True),
+    "adamw": _update(),
+    "learning_rate": _rate(),
+    "held_out": _dict(seed=_uint(64), examples=st.integers(1, 60)),
+    "loss": _loss(),
+}
+"""Inputs to draw, decoded as values.decode_input returns them, by operation; all are answered or refused by the text."""
