@@ -134,6 +134,11 @@ def square_root(bits: int) -> int:
     return root(value(bits), "float32") if is_finite(bits) and magnitude(bits) else bits
 
 
+def rn64(x: Fraction) -> Fraction:
+    """RN64 of NF4-1.6."""
+    return value(rounded(x, "float64"), "float64")
+
+
 def number(bits: int, dtype: str) -> float:
     """Finite bits as a Python float, which is a binary64; exact."""
     return float(value(bits, dtype))
@@ -379,10 +384,12 @@ def dequantize(packed: bytes, absmax: list[int], n: int, dtype: str, block_size:
 
 
 def encode_absmax(absmax: list[int]) -> tuple[list[int], list[int], int]:
-    """The 8-bit form of absmax: codes, nested absmax and offset (chapter 6)."""
+    """The 8-bit form of absmax: codes, nested absmax and offset (chapter 6, NF4-6.6)."""
     check_finite("absmax of block", absmax)
+    for i, bits in enumerate(absmax):
+        if order(bits) < 0:
+            raise RefusedError(f"absmax of block {i} is {bits:08x}: negative (NF4-6.6)")
     nested = encode_nested(absmax, DYNAMIC_MAP)
-    check_finite("nested absmax of block", nested[1])
     check_finite("decoded absmax of block", decode_nested(*nested, DYNAMIC_MAP))
     return nested
 
@@ -412,6 +419,12 @@ def philox(counter: list[int], key: list[int]) -> list[int]:
     return [c0, c1, c2, c3]
 
 
+def check_blocks(blocks: int) -> int:
+    if blocks > 2**32:
+        raise RefusedError(f"a draw has {blocks} blocks, it must have 2^32 at most (NF4-11.2)")
+    return blocks
+
+
 def block(i: int, seed: int, stream: int, sample: int, purpose: int) -> list[int]:
     """Block i of a draw (NF4-11.2)."""
     return philox([i, sample % 2**32, stream, purpose], [seed % 2**32, seed // 2**32])
@@ -424,7 +437,9 @@ def stream_of(name: str) -> int:
 
 def uniform(seed: int, stream: int, sample: int, n: int) -> list[Fraction]:
     """n numbers from 0 to below 1 (NF4-11.3)."""
-    words = [word for i in range(blocks_of(n, 4)) for word in block(i, seed, stream, sample, UNIFORM)]
+    words = [
+        word for i in range(check_blocks(blocks_of(n, 4))) for word in block(i, seed, stream, sample, UNIFORM)
+    ]
     return [Fraction(word // 256, 2**24) for word in words[:n]]
 
 
@@ -438,13 +453,16 @@ def drop_threshold(p: float) -> int:
 def keep_mask(seed: int, stream: int, sample: int, n: int, p: float) -> list[bool]:
     """Which of n elements are kept (NF4-11.4)."""
     threshold = drop_threshold(p)
-    words = [word for i in range(blocks_of(n, 8)) for word in block(i, seed, stream, sample, DROPOUT)]
+    words = [
+        word for i in range(check_blocks(blocks_of(n, 8))) for word in block(i, seed, stream, sample, DROPOUT)
+    ]
     lanes = [half for word in words for half in (word % 2**16, word // 2**16)]
     return [lane >= threshold for lane in lanes[:n]]
 
 
 def permutation(seed: int, epoch: int, n: int) -> list[int]:
     """The order of n things in an epoch (NF4-11.5)."""
+    check_blocks(blocks_of(n, 2))
     entries = []
     for j in range(n):
         words = block(j // 2, seed, 0, epoch, PERMUTATION)
@@ -474,6 +492,8 @@ def check_positive(what: str, count: int) -> None:
 def adapter_scale(rank: int, alpha: float, rslora: bool) -> float:
     """s of NF4-9.1."""
     check_positive("rank", rank)
+    if not math.isfinite(alpha):
+        raise RefusedError(f"alpha is {alpha}, not finite (NF4-9.1)")
     return alpha / math.sqrt(rank) if rslora else alpha / rank
 
 
@@ -482,7 +502,7 @@ def init_adapter(seed: int, name: str, in_features: int, rank: int, dtype: str) 
     check_dtype(dtype, ("float32", "bfloat16"))
     check_positive("rank", rank)
     check_positive("in_features", in_features)
-    bound = root(Fraction(1, in_features), "float32")
+    bound = rounded(rn64(1 / value(root(Fraction(in_features), "float64"), "float64")))
     drawn = [
         rounded((2 * u - 1) * value(bound)) for u in uniform(seed, stream_of(name), 0, rank * in_features)
     ]
@@ -545,7 +565,7 @@ def lora_backward(dout: Matrix, x: Matrix, weight: Matrix, adapter: Adapter) -> 
 
 
 def merge(weight: Matrix, a: Matrix, b: Matrix, scale: float) -> Matrix:
-    """W + scale (B A) before it is rounded (NF4-8.8)."""
+    """W + scale (B A) before it is rounded to the dtype of W (NF4-8.8)."""
     return summed(weight, scaled(scale, matmul(b, a)))
 
 
@@ -576,9 +596,6 @@ class Scalars(NamedTuple):
 
 def scalars(rates: Rates, updates: int, dimensions: int) -> Scalars:
     """What an update needs after `updates` before it (NF4-10.2, NF4-10.3)."""
-
-    def rn64(x: Fraction) -> Fraction:
-        return value(rounded(x, "float64"), "float64")
 
     def power(beta: Fraction) -> Fraction:
         *_, last = accumulate([beta] * updates, lambda product, b: rn64(product * b), initial=beta)
@@ -652,6 +669,7 @@ def example_order(
     seed: int, examples: int, first: int, count: int, batch: int, lengths: list[int] | None
 ) -> list[int]:
     """The examples that the sequences from first on take (NF4-10.8)."""
+    check_positive("the number of examples", examples)
     epochs: dict[int, list[int]] = {}
 
     def epoch(e: int) -> list[int]:
@@ -680,6 +698,10 @@ def loss(logits: Matrix, targets: list[int]) -> tuple[float, Matrix]:
     """The mean cross-entropy over the rows that have a target, and its gradient (NF4-10.9)."""
     count = sum(target != -100 for target in targets)
     check_positive("the number of target tokens", count)
+    if any(
+        target != -100 and not 0 <= target < len(row) for row, target in zip(logits, targets, strict=True)
+    ):
+        raise RefusedError(f"a target of {targets} is not in the vocabulary (NF4-10.9)")
     total, gradient = 0.0, []
     for row, target in zip(logits, targets, strict=True):
         if target == -100:

@@ -136,7 +136,7 @@ def stream(i: Values) -> Values:
 
 
 def drawn_from(i: Values) -> tuple[int, int, int]:
-    return int(i["seed"], 16), int(i["stream"], 16), i["sample"]
+    return int(i["seed"], 16), int(i["stream"], 16), int(i["sample"], 16)
 
 
 def uniform(i: Values) -> Values:
@@ -150,7 +150,9 @@ def keep_mask(i: Values) -> Values:
 
 
 def permutation(i: Values) -> Values:
-    return {"order": hexadecimal(oracle.permutation(int(i["seed"], 16), i["epoch"], i["n"]), "uint32")}
+    return {
+        "order": hexadecimal(oracle.permutation(int(i["seed"], 16), int(i["epoch"], 16), i["n"]), "uint32")
+    }
 
 
 def init_adapter(i: Values) -> Values:
@@ -274,7 +276,9 @@ def merge(i: Values) -> Values:
     a = matrix(bits_of(i["A"], "float32"), "float32", columns)
     b = matrix(bits_of(i["B"], "float32"), "float32", i["rank"])
     merged = oracle.merge(weight, a, b, float64(i["scale"]))
-    return {"y": hexadecimal([oracle.narrow(float32_bits(x), dtype) for row in merged for x in row], dtype)}
+    y = [oracle.narrow(float32_bits(x), dtype) for row in merged for x in row]
+    oracle.check_finite("merged element", [oracle.widen(bits, dtype) for bits in y])
+    return {"y": hexadecimal(y, dtype)}
 
 
 OPERATIONS: dict[str, Callable[[Values], Values]] = {
