@@ -158,10 +158,10 @@ def decode(
 ) -> None:
     """Write value * absmax into flat out [n], rounded once to its dtype (NF4-4.1, NF4-4.2).
 
-    packed is uint8 [ceil(n / 2)], absmax float32 [block_count]; out is contiguous.
+    packed is uint8 [ceil(n / 2)], absmax float32 [block_count], with any strides; out is contiguous.
     """
     body = out.size - out.size % block_size
-    pairs = packed[: body // 2].view(np.uint16)  # four elements each
+    pairs = np.ascontiguousarray(packed[: body // 2]).view(np.uint16)  # four elements each
     scales = absmax[:, None]
     direct = out.dtype == FLOAT32
 

@@ -94,6 +94,13 @@ def test_codes_at_an_odd_address_decode_the_same() -> None:
     assert np.array_equal(dequantize(replace(q, codes=raw[1:])), dequantize(q))
 
 
+def test_codes_and_absmax_with_gaps_decode_the_same() -> None:
+    q = quantize(sample(1001))
+    assert isinstance(q.absmax, np.ndarray)
+    gaps = replace(q, codes=np.stack([q.codes, q.codes], 1)[:, 1], absmax=q.absmax[::-1].copy()[::-1])
+    assert np.array_equal(dequantize(gaps), dequantize(q))
+
+
 def test_equality_is_by_bits() -> None:
     q = quantize(sample(4, 64))
     assert q == quantize(sample(4, 64))
