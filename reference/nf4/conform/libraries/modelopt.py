@@ -1,0 +1,43 @@
+"""NVIDIA ModelOpt's NF4QTensor on the CPU: quantize, and dequantize.
+
+It decodes scales that are int8 around their mean, another format than NF4-6: absmax is given as those, with a
+factor of 1 and a mean of 0.
+"""
+
+import importlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4.conform.libraries.tensors import to_numpy, to_torch, torch_dtype
+
+
+def quantize(x: NDArray[Any], block_size: int, codebook: str) -> dict[str, NDArray[Any]]:
+    """NF4QTensor.quantize of x in its shape; scales come in the dtype of x and are widened."""
+    tensor, scales = _class(codebook).quantize(to_torch(x), block_size, 1)  # its default of None fails
+    return {"codes": to_numpy(tensor._quantized_data), "absmax": to_numpy(scales.float()).reshape(-1)}
+
+
+def dequantize(
+    codes: NDArray[Any], absmax: NDArray[Any], shape: list[int], dtype: str, block_size: int, codebook: str
+) -> NDArray[Any]:
+    """NF4QTensor.dequantize, the codes filled up to a whole block as it stores them."""
+    torch: Any = importlib.import_module("torch")
+    full = np.zeros(len(absmax) * block_size // 2, np.uint8)
+    full[: len(codes)] = codes
+    tensor = _class(codebook)(torch.Size(shape), torch_dtype(dtype), to_torch(full))
+    return to_numpy(
+        tensor.dequantize(
+            scale=to_torch(absmax).view(1, -1),
+            block_sizes={-1: block_size},
+            double_scale=torch.ones(1),
+            scale_zeros=torch.zeros(1, dtype=torch_dtype(dtype)),
+        )
+    )
+
+
+def _class(codebook: str) -> Any:
+    if codebook != "nf4":
+        raise NotImplementedError(f"no codebook {codebook}")
+    return importlib.import_module("modelopt.torch.quantization.qtensor").NF4QTensor

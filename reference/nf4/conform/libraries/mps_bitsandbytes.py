@@ -1,0 +1,45 @@
+"""mps-bitsandbytes on the CPU: functional.quantize_4bit and dequantize_4bit, which say to be bitsandbytes' API.
+
+Rows are documented to be padded to whole blocks, so tensors are given flat. Its nested level is int8: another
+format than NF4-6.
+"""
+
+import importlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4.conform.libraries.tensors import to_numpy, to_torch, torch_dtype
+
+
+def quantize(x: NDArray[Any], block_size: int, codebook: str) -> dict[str, NDArray[Any]]:
+    """quantize_4bit of x, flat."""
+    functional = _functional(codebook)
+    codes, state = functional.quantize_4bit(
+        to_torch(x).reshape(-1), blocksize=block_size, quant_type=codebook
+    )
+    return {"codes": to_numpy(codes), "absmax": to_numpy(state.absmax)}
+
+
+def dequantize(
+    codes: NDArray[Any], absmax: NDArray[Any], shape: list[int], dtype: str, block_size: int, codebook: str
+) -> NDArray[Any]:
+    """dequantize_4bit with a QuantState of a flat shape."""
+    functional, torch = _functional(codebook), importlib.import_module("torch")
+    full = np.zeros(len(absmax) * block_size // 2, np.uint8)  # the last block is stored whole
+    full[: len(codes)] = codes
+    state = functional.QuantState(
+        to_torch(absmax),
+        torch.Size([int(np.prod(shape))]),
+        blocksize=block_size,
+        quant_type=codebook,
+        dtype=torch_dtype(dtype),
+    )
+    return to_numpy(functional.dequantize_4bit(to_torch(full), state))
+
+
+def _functional(codebook: str) -> Any:
+    if codebook not in {"nf4", "fp4"}:
+        raise NotImplementedError(f"no codebook {codebook}")
+    return importlib.import_module("mps_bitsandbytes.functional")

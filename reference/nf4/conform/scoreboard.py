@@ -1,0 +1,200 @@
+"""What the libraries of the world conform to, clause by clause: each is run in a process of its own."""
+
+import contextlib
+import io
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nf4.bench.machine import describe
+from nf4.conform.clauses import clause, clauses
+from nf4.conform.libraries import LIBRARIES, versions
+from nf4.conform.port import HarnessError
+from nf4.conform.protocol import SubprocessPort
+from nf4.conform.run import Result, Run, execute
+from nf4.conform.vectors import Vector
+
+TIMEOUT = 60.0  # seconds for an answer: the first one imports the library
+
+VERDICTS = ("conforms", "differs", "refused", "accepted", "no answer", "not offered")
+"""What became of a vector: the same bits; others; refused though it has an answer; answered though it must be
+refused; no answer of its form (it died, hung, raised, or gave another length); the library lacks that."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A library to run: versions by distribution (None: not installed), how to install it, and the command that
+    speaks the protocol for it."""
+
+    name: str
+    title: str
+    versions: dict[str, str] | None
+    install: str
+    command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What came of one library: the run of the kit, None where it is not installed."""
+
+    entry: Entry
+    run: Run | None
+
+
+def entries() -> list[Entry]:
+    """Return every library that the package has an adapter for, of this Python environment."""
+    return [
+        Entry(
+            name,
+            library.title,
+            versions(library),
+            f"pip install {' '.join(library.distributions)}",
+            (sys.executable, "-m", "nf4.conform.libraries", name),
+        )
+        for name, library in LIBRARIES.items()
+    ]
+
+
+def run(
+    libraries: Sequence[Entry],
+    vectors: Sequence[Vector],
+    timeout: float = TIMEOUT,
+    progress: Callable[[str], None] = lambda title: None,
+) -> list[Score]:
+    """Ask every installed library for every vector; one that dies or hangs keeps no other from its turn.
+
+    timeout is for one answer, in seconds. progress gets the title of each library before its turn.
+    """
+    scores = []
+    for entry in libraries:
+        if entry.versions is None:
+            scores.append(Score(entry, None))
+            continue
+        progress(entry.title)
+        result = Run(entry.title, ("--", *entry.command))
+        with contextlib.redirect_stderr(io.StringIO()):  # what libraries say while they are loaded
+            try:
+                port = SubprocessPort(entry.command, timeout)
+            except HarnessError as error:
+                result.broken = str(error)
+            else:
+                execute(result, port, vectors, {})
+                port.close()
+        scores.append(Score(entry, result))
+    return scores
+
+
+def verdict(result: Result) -> str:
+    """Return which of VERDICTS a result is."""
+    if result.outcome == "failed":
+        if result.vector.output is None:
+            return "accepted"
+        return "refused" if result.difference and result.difference.kind == "refusal" else "differs"
+    return {"passed": "conforms", "skipped": "not offered", "errored": "no answer"}[result.outcome]
+
+
+def by_clause(score: Score) -> dict[str, Counter[str]]:
+    """Return by clause, in the order of the text, how many of its vectors got which verdict."""
+    found: dict[str, Counter[str]] = {}
+    for result in score.run.results if score.run else []:
+        for id in result.vector.clauses:
+            found.setdefault(id, Counter())[verdict(result)] += 1
+    order = {id: i for i, id in enumerate(clauses())}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def looks_like(score: Score) -> Counter[str]:
+    """Return how many differing vectors look like which bug; "none of the flags" counts the rest."""
+    found: Counter[str] = Counter()
+    for result in score.run.results if score.run else []:
+        if verdict(result) == "differs":
+            found.update(result.looks_like or ["none of the flags"])
+    return found
+
+
+def as_json(scores: Sequence[Score]) -> dict[str, Any]:
+    """Return the board as JSON: date and machine; by library its versions, each clause and each vector."""
+    about = describe([])
+    return {
+        "date": about["date"],
+        "machine": about["machine"],
+        "versions": about["versions"],
+        "libraries": [_json(score) for score in scores],
+    }
+
+
+def markdown(scores: Sequence[Score]) -> str:
+    """Return the board as Markdown: by clause, by library, and what is not installed."""
+    about = describe([])
+    machine = about["machine"]
+    ran = [score for score in scores if score.run is not None]
+    counts = {score.entry.name: by_clause(score) for score in ran}
+    asked = {
+        id: None
+        for count in counts.values()
+        for id, verdicts in count.items()
+        if verdicts.total() > verdicts["not offered"]
+    }
+    order = list(clauses())
+    rows = sorted(asked, key=lambda id: order.index(id) if id in order else len(order))
+    lines = [
+        f"{about['date'][:10]}, {machine['cpu']}, {machine['system']}, Python {about['versions']['python']}.",
+        "",
+        "| clause | " + " | ".join(score.entry.title for score in ran) + " |",
+        "|---|" + "---|" * len(ran),
+    ]
+    for id in rows:
+        cells = [_cell(counts[score.entry.name].get(id, Counter())) for score in ran]
+        lines.append(f"| {id} {clause(id).title} | " + " | ".join(cells) + " |")
+    lines += ["", "| library | versions | vectors | differences look like |", "|---|---|---|---|"]
+    lines += [_summary(score) for score in ran]
+    absent = [score.entry for score in scores if score.run is None]
+    if absent:
+        lines += ["", "Not installed: " + "; ".join(f"{e.title} (`{e.install}`)" for e in absent) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(verdicts: Counter[str]) -> str:
+    asked = verdicts.total() - verdicts["not offered"]
+    if not asked:
+        return ""
+    if verdicts["conforms"] == asked:
+        return f"conforms ({asked})"
+    parts = [f"{verdicts[name]} {name}" for name in VERDICTS[1:-1] if verdicts[name]]
+    return f"{', '.join(parts)} of {asked}"
+
+
+def _summary(score: Score) -> str:
+    assert score.run is not None
+    total = Counter(verdict(result) for result in score.run.results)
+    numbers = ", ".join(f"{total[name]} {name}" for name in VERDICTS if total[name])
+    if score.run.broken is not None:
+        numbers = f"{numbers}; stopped: {score.run.broken}" if numbers else score.run.broken
+    flags = ", ".join(f"{flag} ({count})" for flag, count in looks_like(score).most_common())
+    installed = ", ".join(f"{name} {version}" for name, version in (score.entry.versions or {}).items())
+    return f"| {score.entry.title} | {installed} | {numbers} | {flags} |".replace("\n", " ")
+
+
+def _json(score: Score) -> dict[str, Any]:
+    entry, result = score.entry, score.run
+    about = {"name": entry.name, "title": entry.title, "versions": entry.versions, "install": entry.install}
+    if result is None:
+        return {**about, "installed": False}
+    return {
+        **about,
+        "installed": True,
+        "stopped": result.broken,
+        "looks_like": dict(looks_like(score)),
+        "clauses": {id: dict(count) for id, count in by_clause(score).items()},
+        "vectors": [
+            {
+                "id": item.vector.id,
+                "verdict": verdict(item),
+                "message": item.message,
+                "looks_like": list(item.looks_like),
+            }
+            for item in result.results
+        ],
+    }
