@@ -24,7 +24,7 @@ class Clause(NamedTuple):
 def clauses() -> dict[str, Clause]:
     """Return every clause of the text that comes with the package, in its order."""
     found = {}
-    for path in sorted(SPECIFICATION.glob("*.md")):
+    for path in sorted(SPECIFICATION.glob("[0-9]*.md")):
         text = path.read_text("utf-8")
         for match in _HEADING.finditer(text):
             paragraph = re.split(r"\n\s*\n|\n#|\*Reason:\*", text[match.end() :], maxsplit=1)[0]

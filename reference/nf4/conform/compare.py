@@ -208,6 +208,9 @@ def _array(
     """
     if want.size != have.size:
         what = f"{name} has {have.size} elements; {want.size} are expected"
+        for dtype in ("float16", "float32", "float64"):
+            if have.nbytes == want.size * values.DTYPES[dtype].itemsize and want.dtype.kind != "u":
+                what += f" of {want.dtype}: it has the digits of {dtype}"
         return Difference("length", what, name, count=abs(want.size - have.size), total=want.size)
     differs = _bits(want) != _bits(have)
     within = ""

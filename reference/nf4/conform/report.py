@@ -1,0 +1,401 @@
+"""A run for people and programs: as text, as one JSON object, as a page of HTML."""
+
+import html
+import shlex
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4 import __version__
+from nf4.conform import values
+from nf4.conform.clauses import clause
+from nf4.conform.compare import Difference, Step, block, position, show
+from nf4.conform.operations import OPERATIONS
+from nf4.conform.run import Outcome, Result, Run
+from nf4.conform.vectors import VERSION
+
+OUTCOMES: tuple[Outcome, ...] = ("passed", "failed", "errored", "skipped")
+WIDTH = 110
+_AROUND = 3  # elements shown on either side of the one that differs
+_WHOLE = 8  # elements of an array that is shown whole
+
+
+@dataclass(frozen=True)
+class Group:
+    """Failures that look alike: the flag of their bug ("": none is known) and their vectors' first clause."""
+
+    flag: str
+    clause: str
+    results: list[Result]
+
+
+def groups(results: Iterable[Result]) -> list[Group]:
+    """Return the failed results by diagnosed bug and clause, the largest bug first.
+
+    One answer may look like several bugs: it counts for the one that explains most of the others.
+    """
+    left = [result for result in results if result.outcome == "failed"]
+    by_flag: dict[str, list[Result]] = {}
+    while counts := Counter(flag for result in left for flag in result.looks_like):
+        most = max(counts.values())
+        flag = min(name for name in counts if counts[name] == most)
+        by_flag[flag] = [result for result in left if flag in result.looks_like]
+        left = [result for result in left if flag not in result.looks_like]
+    if left:
+        by_flag[""] = left
+    found = []
+    for flag, mine in by_flag.items():
+        by_clause: dict[str, list[Result]] = {}
+        for result in mine:
+            by_clause.setdefault(result.vector.clauses[0], []).append(result)
+        found += [Group(flag, name, some) for name, some in by_clause.items()]
+    return found
+
+
+def rerun(run: Run, result: Result) -> str:
+    """Return the line that runs one vector again, or the search that found it, quoted for a shell."""
+    vector = result.vector
+    only = vector.operation if result.found else vector.id
+    search = ["--search", "--seed", str(run.seed)] if result.found else []
+    return shlex.join(["nf4", "conform", *run.options, *search, "--only", only, *run.subject])
+
+
+def tally(results: Iterable[Result]) -> dict[str, dict[str, int]]:
+    """Return how many vectors had each outcome, by clause; one vector counts for each of its clauses."""
+    table: dict[str, dict[str, int]] = {}
+    for result in results:
+        for name in result.vector.clauses:
+            table.setdefault(name, dict.fromkeys(OUTCOMES, 0))[result.outcome] += 1
+    return dict(sorted(table.items(), key=lambda row: _numbers(row[0])))
+
+
+def verdict(run: Run) -> str:
+    """Return the last line: whether the port conforms, or that the harness is broken."""
+    counts = ", ".join(f"{run.count(outcome)} {outcome}" for outcome in OUTCOMES if run.count(outcome))
+    found = sum(result.found and result.bad for result in run.results)
+    counts += f"; the search found {found} more" if found else ""
+    known = sum(result.known for result in run.results if result.outcome in {"failed", "errored"})
+    counts += f" ({known} known)" if known else ""
+    counts += f"; {run.seconds:.1f} s"
+    if run.broken is not None:
+        return f"broken harness: {run.broken}" + (f" ({counts})" if run.results else "")
+    return f"{run.port}: {'conforms' if run.exit_code == 0 else 'does not conform'}: {counts}"
+
+
+def failures(run: Run, flags: Mapping[str, str]) -> str:
+    """Return what went wrong as text: the first failure of each group in full, the ids of the rest.
+
+    flags: the sentence of each flag, by name.
+    """
+    parts = []
+    for group in groups(result for result in run.results if result.bad):
+        first = group.results[0]
+        looks = f"looks like {group.flag}" if group.flag else "of no known bug"
+        title = f"FAILED {len(group.results)} of {group.clause}, {looks}"
+        rows = details(run, first, flags, group.flag)
+        also = [result.vector.id for result in group.results[1:]]
+        if also:
+            rows.append(("also", ", ".join(also)))
+        parts.append(_block(title, rows))
+    by_message: dict[str, list[Result]] = {}
+    for result in run.results:
+        if result.outcome == "errored" and result.bad:
+            by_message.setdefault(result.message, []).append(result)
+    for message, results in by_message.items():
+        rows = [
+            ("vector", ", ".join(result.vector.id for result in results)),
+            ("rerun", rerun(run, results[0])),
+        ]
+        parts.append(_block(f"ERRORED {len(results)}, no clause is to blame: {message}", rows))
+    parts += [f"STALE  {sentence}\n" for sentence in run.stale]
+    return "\n".join(parts)
+
+
+def notes(run: Run) -> str:
+    """Return what else is to be known: skipped and why, not offered, remarks, what was searched."""
+    lines = []
+    reasons: dict[str, list[str]] = {}
+    for result in run.results:
+        if result.outcome == "skipped" and result.vector.operation not in run.not_offered:
+            reasons.setdefault(result.message, []).append(result.vector.id)
+    for reason, ids in reasons.items():
+        lines.append(f"skipped {len(ids)}: {reason} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})")
+    if run.not_offered:
+        skipped = sum(result.vector.operation in run.not_offered for result in run.results)
+        lines.append(f"not offered ({skipped} vectors): {', '.join(run.not_offered)}")
+    if run.searched:
+        lines.append(f"searched beyond the vectors, seed {run.seed}: {', '.join(run.searched)}")
+    lines += [f"remark: {remark}" for remark in run.remarks]
+    return "".join(textwrap.fill(line, WIDTH, subsequent_indent="  ", **_WRAP) + "\n" for line in lines)
+
+
+def details(run: Run, result: Result, flags: Mapping[str, str], flag: str = "") -> list[tuple[str, str]]:
+    """Return one failure in full, as rows of a label and a text. flag: the bug it counts for."""
+    vector, difference = result.vector, result.difference
+    rows = [("vector", vector.id)]
+    for name in vector.clauses:
+        found = clause(name)
+        rows.append(("clause", f"{name} {found.title}: {found.sentence}" if found.title else name))
+    if vector.flags:
+        rows.append(("flags", ", ".join(vector.flags)))
+    rows.append(("about", vector.comment))
+    rows += [("input", line) for line in inputs(result)]
+    if difference is None:
+        rows.append(("errored", result.message))
+    else:
+        rows.append(("differs", difference.what))
+        if difference.expected:
+            rows.append(("expected", _pair(difference.expected, difference.expected_value)))
+            rows.append(("got", _pair(difference.got, difference.got_value)))
+        rows += _steps(difference)
+    looks = sorted(result.looks_like, key=lambda name: name != flag)
+    for name in looks[:1]:
+        others = f" (or {', '.join(looks[1:])})" if looks[1:] else ""
+        rows.append(("looks like", f"{name}{others}: {flags.get(name, '')}"))
+    rows.append(("rerun", rerun(run, result)))
+    return rows
+
+
+def inputs(result: Result) -> list[str]:
+    """Return the input of a vector, a line a field; long arrays around the element that differs."""
+    vector, difference = result.vector, result.difference
+    place = difference.place if difference is not None else None
+    fields = values.decode_input(vector.operation, vector.input, vector.id)
+    types = OPERATIONS[vector.operation].inputs
+    lines, short = [], []
+    for name, value in fields.items():
+        if isinstance(value, np.ndarray):
+            packed = name == "codes"
+            at = _place(value.size * (2 if packed else 1), place, block(vector.input))
+            lines.append(_array(name, value, at // 2 if packed and at is not None else at))
+        elif types[name] == "arrays":
+            lines += [_array(f"{name}[{key!r}]", array.reshape(-1), None) for key, array in value.items()]
+        elif types[name] == "bytes":
+            lines.append(f"{name}: {len(value)} bytes")
+        elif types[name] == "files":
+            lines += [f"{name}[{path!r}]: {len(data)} bytes" for path, data in value.items()]
+        else:
+            text = f"{name} {value}"
+            short.append(text if len(text) <= 80 else f"{text[:80]}...")
+    return lines + [", ".join(short)] * bool(short)
+
+
+def run_json(run: Run) -> dict[str, Any]:
+    """Return a run as one JSON object, of a shape that stays (keys may be added).
+
+    - `specification`, `kit`: versions; `port`: its name; `command`: the arguments that name it.
+    - `conforms`, `exit_code`; `broken`: the sentence why the harness is, or null; `seconds`.
+    - `counts`: vectors by outcome (passed, failed, errored, skipped); `clauses`: the same by clause.
+    - `operations`: `offered` and `not_offered`, names; `remarks` and `stale`, sentences.
+    - `results`: for each vector `id`, `operation`, `clauses`, `flags`, `outcome`, `message` (why it was
+      skipped, errored or failed), `known`, `looks_like` (flags), `rerun` and, where it failed, `difference`:
+      `kind` (refusal, length, value), `what`, `field`, `index`, `count`, `total`, `expected` and `got` (bits)
+      with `expected_value` and `got_value`, `step` (the first that differs, or null) and `steps` (those
+      expected there).
+    - `groups`: failures by `flag` ("" for none) and `clause`, with their `ids`.
+    - `search`: `seed`, `operations` and `found`: results with `input`, `output` or `refused` besides.
+    """
+    return {
+        "specification": VERSION,
+        "kit": __version__,
+        "port": run.port,
+        "command": list(run.subject),
+        "conforms": run.exit_code == 0,
+        "exit_code": run.exit_code,
+        "broken": run.broken,
+        "seconds": round(run.seconds, 3),
+        "counts": {outcome: run.count(outcome) for outcome in OUTCOMES},
+        "clauses": tally(result for result in run.results if not result.found),
+        "operations": {"offered": run.offered, "not_offered": run.not_offered},
+        "remarks": run.remarks,
+        "stale": run.stale,
+        "groups": [
+            {"flag": g.flag, "clause": g.clause, "ids": [result.vector.id for result in g.results]}
+            for g in groups(run.results)
+        ],
+        "results": [_result_json(run, result) for result in run.results if not result.found],
+        "search": {
+            "seed": run.seed,
+            "operations": run.searched,
+            "found": [
+                _result_json(run, result)
+                | {"input": result.vector.input, "output": result.vector.output}
+                | {"refused": result.vector.refused}
+                for result in run.results
+                if result.found
+            ],
+        },
+    }
+
+
+def as_html(run: Run, flags: Mapping[str, str], date: str) -> str:
+    """Return a run as a page that needs no other file: by clause, details folded, dark or light."""
+    esc = html.escape
+    by_clause: dict[str, list[Result]] = {}
+    for result in run.results:
+        for name in result.vector.clauses:
+            by_clause.setdefault(name, []).append(result)
+    state = ("good", "bad", "bad")[run.exit_code]
+    out = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>NF4 conformance: {esc(run.port)}</title><style>{_CSS}</style></head><body><main>",
+        f"<h1>NF4 conformance: {esc(run.port)}</h1>",
+        f'<p class="{state}"><strong>{esc(verdict(run))}</strong></p>',
+        f"<p>Specification {esc(VERSION)}, nf4 {esc(__version__)}, {esc(date)}; "
+        f"<code>{esc(shlex.join(['nf4', 'conform', *run.options, *run.subject]))}</code></p>",
+    ]
+    out += [f'<p class="bad">{esc(sentence)}</p>' for sentence in run.stale]
+    out += [f"<p>{esc(line)}</p>" for line in notes(run).replace("\n  ", " ").splitlines()]
+    bugs = [group for group in groups(result for result in run.results if result.bad) if group.flag]
+    if bugs:
+        out.append("<h2>Bugs it looks like</h2><ul>")
+        totals = Counter[str]()
+        for group in bugs:
+            totals[group.flag] += len(group.results)
+        out += [
+            f"<li><strong>{esc(flag)}</strong>, {n} vectors: {esc(flags.get(flag, ''))}</li>"
+            for flag, n in totals.items()
+        ]
+        out.append("</ul>")
+    out.append("<h2>By clause</h2>")
+    for name in sorted(by_clause, key=_numbers):
+        results = by_clause[name]
+        counts = Counter(result.outcome for result in results)
+        bad = any(result.bad for result in results)
+        out.append(f'<details class="clause"><summary><b>{esc(name)}</b> {esc(clause(name).title)} ')
+        shown = [o for o in OUTCOMES if counts[o]]
+        out += [f'<span class="{_class(o, bad)}">{counts[o]} {o}</span>' for o in shown]
+        out.append(f"</summary><p>{esc(clause(name).sentence)}</p>")
+        for result in sorted(results, key=lambda result: (not result.bad, OUTCOMES.index(result.outcome))):
+            out += _result_html(run, result, flags)
+        out.append("</details>")
+    out.append("</main></body></html>")
+    return "\n".join(out) + "\n"
+
+
+def _result_html(run: Run, result: Result, flags: Mapping[str, str]) -> list[str]:
+    esc = html.escape
+    label = f'<span class="{_class(result.outcome, result.bad)}">{result.outcome}</span> '
+    known = " (known)" if result.known and result.outcome in {"failed", "errored"} else ""
+    head = f"{label}<code>{esc(result.vector.id)}</code>{known} {esc(result.vector.comment)}"
+    if result.outcome == "passed":
+        return [f"<div>{head}</div>"]
+    if result.outcome == "skipped":
+        return [f"<div>{head} <em>{esc(result.message)}</em></div>"]
+    rows = details(run, result, flags)
+    cells = "".join(f"<tr><th>{esc(name)}</th><td>{esc(text)}</td></tr>" for name, text in rows)
+    return [f"<details><summary>{head}</summary><table>{cells}</table></details>"]
+
+
+def _class(outcome: str, bad: bool) -> str:
+    return {"passed": "good", "skipped": "skip"}.get(outcome, "bad" if bad else "skip")
+
+
+def _result_json(run: Run, result: Result) -> dict[str, Any]:
+    vector = result.vector
+    answer: dict[str, Any] = {
+        "id": vector.id,
+        "operation": vector.operation,
+        "clauses": list(vector.clauses),
+        "flags": list(vector.flags),
+        "outcome": result.outcome,
+        "message": result.message,
+        "known": result.known,
+        "looks_like": list(result.looks_like),
+        "rerun": rerun(run, result),
+    }
+    if result.difference is not None:
+        answer["difference"] = asdict(result.difference)
+    return answer
+
+
+def _steps(difference: Difference) -> list[tuple[str, str]]:
+    rows = []
+    if difference.agree:
+        rows.append(("agree", f"the steps {', '.join(difference.agree)}"))
+    if difference.step is not None:
+        step = difference.step
+        want, got = _pair(step.expected, step.expected_value), _pair(step.got, step.got_value)
+        rows.append(
+            ("step", f"the first that differs is {step.name}[{step.index}]: expected {want}, got {got}")
+        )
+    elif difference.steps:
+        rows.append(("on the way", ", ".join(_expected(step) for step in difference.steps)))
+    return rows
+
+
+def _expected(step: Step) -> str:
+    return f"{step.name}[{step.index}] = {_pair(step.expected, step.expected_value)}"
+
+
+def _pair(bits: str, value: str) -> str:
+    return f"{bits} ({value})" if value else bits
+
+
+def _place(length: int, place: tuple[int, int] | None, block_size: int | None) -> int | None:
+    if place is None:
+        return None
+    at = position(length, place[0], place[1], block_size)
+    return at if at is not None and at < length else None
+
+
+def _array(name: str, array: NDArray[Any], at: int | None) -> str:
+    """Show an array as bits and numbers: whole, if short, or around the element `at`, which is marked."""
+    start, stop = 0, array.size
+    if array.size > _WHOLE:
+        start = max(0, min((at or 0) - _AROUND, array.size - 2 * _AROUND - 1))
+        stop = min(array.size, start + 2 * _AROUND + 1)
+    shown = []
+    for i in range(start, stop):
+        text = _pair(values.to_hex(array[i : i + 1]), show(array[i]))
+        shown.append(f"-> {text} <-" if i == at and array.size > 1 else text)
+    head = f"{name}, {array.dtype}[{array.size}]"
+    where = f" from element {start}" if start else ""
+    before, after = "..., " * (start > 0), ", ..." * (stop < array.size)
+    return f"{head}{where}: {before}{', '.join(shown)}{after}" if shown else head
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(part) for part in name.removeprefix("NF4-").split(".")]
+
+
+_WRAP: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def _block(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A title over indented rows; a label that repeats is written once. A line to copy is not wrapped."""
+    lines = textwrap.wrap(title, WIDTH, subsequent_indent="  ", **_WRAP)
+    label_before = ""
+    for label, text in rows:
+        head = f"  {'' if label == label_before else label:<11}"
+        label_before = label
+        if label == "rerun":
+            lines.append(head + text)
+        else:
+            lines += textwrap.wrap(
+                text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head), **_WRAP
+            ) or [head.rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+_CSS = """
+:root { color-scheme: light dark; --good: #1a7f37; --bad: #cf222e; --skip: #6e7781; --line: #d0d7de; }
+@media (prefers-color-scheme: dark) {
+  :root { --good: #3fb950; --bad: #ff7b72; --skip: #9198a1; --line: #3d444d; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0; }
+main { max-width: 68rem; margin: 0 auto; padding: 1rem; }
+code, td { font-family: ui-monospace, monospace; font-size: 0.9em; overflow-wrap: anywhere; }
+.good { color: var(--good); } .bad { color: var(--bad); } .skip { color: var(--skip); }
+.clause { border-top: 1px solid var(--line); padding: 0.3rem 0; }
+.clause > :not(summary) { margin-left: 1.2rem; }
+summary { cursor: pointer; } summary span { margin-left: 0.5em; }
+th { text-align: left; vertical-align: top; padding-right: 1em; font-weight: 600; white-space: nowrap; }
+"""
