@@ -19,24 +19,28 @@ def make(
     *,
     flags: str = "",
     refused: str | None = None,
+    output: Mapping[str, Any] | None = None,
     steps: Mapping[str, Any] | None = None,
     tolerance: Mapping[str, float] | None = None,
 ) -> Vector:
     """Return a vector whose output is what the reference makes of fields (NumPy values by field).
 
     clauses, without their "NF4-", and flags are separated by spaces. refused is the sentence why the input
-    must be refused; a ValueError says that the reference did otherwise.
+    must be refused; a ValueError says that the reference did otherwise. output is what is demanded where it
+    has a tolerance, and is known better than the reference computes it.
     """
     given = encode_input(operation, fields, slug)
     arguments = python_arguments(operation, decode_input(operation, given, slug))
-    output = None
+    answer = None
     try:
-        output = encode_output(operation, getattr(reference, operation)(**arguments), given, slug)
+        answer = encode_output(operation, getattr(reference, operation)(**arguments), given, slug)
     except InputError as error:
         if refused is None:
             raise ValueError(f"{slug}: the reference refuses it: {error}") from None
-    if output is not None and refused is not None:
+    if answer is not None and refused is not None:
         raise ValueError(f"{slug}: the reference does not refuse it")
+    if output is not None:
+        answer = encode_output(operation, output, given, slug)
     return Vector(
         id=slug,
         operation=operation,
@@ -44,7 +48,7 @@ def make(
         flags=tuple(sorted(flags.split())),
         comment=comment,
         input=given,
-        output=output,
+        output=answer,
         refused=refused,
         steps=encode_steps(operation, steps or {}, given, slug),
         tolerance={name: struct.pack(">d", bound).hex() for name, bound in (tolerance or {}).items()},
