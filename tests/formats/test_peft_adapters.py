@@ -212,6 +212,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank zero": (change_options(r=0), "r is 0"),
     "alpha missing": (change_options("lora_alpha"), "lora_alpha is None"),
     "alpha text": (change_options(lora_alpha="16"), "lora_alpha"),
+    "alpha no float holds": (change_options(lora_alpha=10**400), "lora_alpha"),
     "dropout": (change_options(lora_dropout=1.5), "lora_dropout"),
     "rslora": (change_options(use_rslora="yes"), "use_rslora"),
     "targets missing": (change_options("target_modules"), "target_modules is missing"),

@@ -291,7 +291,8 @@ def _read(
     dropout, rslora = options.get("lora_dropout", 0.0), options.get("use_rslora", False)
     if type(rank) is not int or rank < 1:
         raise InputError(f"{where}: r is {rank!r} for {module!r}; it must be a positive integer")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    # Not math.isfinite: JSON has integers that no float64 holds.
+    if type(alpha) not in (int, float) or not abs(alpha) <= float(np.finfo(np.float64).max):
         raise InputError(f"{where}: lora_alpha is {alpha!r} for {module!r}; it must be a number")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise InputError(f"{where}: lora_dropout is {dropout!r}; it must be at least 0 and less than 1")
