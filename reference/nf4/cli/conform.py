@@ -23,6 +23,7 @@ EXAMPLES = 100
 @click.command("conform")
 @click.argument("port", metavar="[-- COMMAND...]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--python", metavar="MODULE:OBJECT", help="Call this Python object, class or module.")
+@click.option("--scoreboard", is_flag=True, help="Run the libraries installed here, and print their table.")
 @click.option("--list", "as_list", is_flag=True, help="List the vectors, and run nothing.")
 @click.option("--only", multiple=True, metavar="GLOB", help="Only these ids, clauses, flags or operations.")
 @click.option(
@@ -40,9 +41,7 @@ EXAMPLES = 100
 @click.option(
     "--timeout",
     type=click.FloatRange(0, min_open=True),
-    default=10.0,
-    show_default=True,
-    help="Seconds that an answer may take.",
+    help="Seconds that an answer may take.  [default: 10; with --scoreboard 60]",
 )
 @click.option(
     "--vectors", "directory", type=click.Path(path_type=Path), help="Run the vectors of this directory."
@@ -56,12 +55,13 @@ def command(
     context: click.Context,
     port: tuple[str, ...],
     python: str | None,
+    scoreboard: bool,
     as_list: bool,
     only: tuple[str, ...],
     known_path: Path | None,
     search: bool | None,
     seed: int,
-    timeout: float,
+    timeout: float | None,
     directory: Path | None,
     page: Path | None,
     as_json: bool,
@@ -69,7 +69,8 @@ def command(
     """Ask a port for every vector of the specification, and say which clause it breaks, at which bit.
 
     COMMAND is a program that speaks the JSON lines of spec/13-conformance.md; it is run without a shell.
-    With --python a Python object whose functions are named as the operations is called instead.
+    With --python a Python object whose functions are named as the operations is called instead. With
+    --scoreboard every library that this Python has and the kit knows is asked, each in a process of its own.
 
     Exit codes: 0 it conforms, 1 it does not, 2 the harness is broken or nothing was run.
     """
@@ -77,6 +78,11 @@ def command(
     chosen = select(every, only)
     if as_list:
         show_list(chosen, as_json)
+        return
+    if scoreboard:
+        if port or python is not None:
+            raise InputError("nf4 conform --scoreboard runs the libraries that it knows; name no port")
+        show_scoreboard(chosen, timeout, as_json)
         return
     if bool(port) == (python is not None):
         raise InputError(
@@ -87,7 +93,7 @@ def command(
     subject = ("--python", python) if python is not None else ("--", *port)
     run = Run(python or port[0], subject, options, seed=seed)
     search = (python is not None and not only) if search is None else search
-    examine(run, chosen, known, timeout, search, quiet=as_json)
+    examine(run, chosen, known, timeout or 10.0, search, quiet=as_json)
     report(run, flags(directory), page, as_json)
     context.exit(run.exit_code)
 
@@ -152,6 +158,23 @@ def report(run: Run, sentences: dict[str, str], page: Path | None, as_json: bool
     click.echo(verdict(run))
     if page is not None:
         click.echo(f"written: {page}")
+
+
+def show_scoreboard(vectors: list[Vector], timeout: float | None, as_json: bool) -> None:
+    """Run the libraries, and print what each conforms to as Markdown or JSON."""
+    from nf4.conform import scoreboard
+
+    console = Console(stderr=True)
+    scores = scoreboard.run(
+        scoreboard.entries(),
+        vectors,
+        timeout or scoreboard.TIMEOUT,
+        lambda title: console.print(f"asking {title}") if console.is_terminal else None,
+    )
+    if as_json:
+        print_json(scoreboard.as_json(scores))
+    else:
+        click.echo(scoreboard.markdown(scores), nl=False)
 
 
 def show_list(vectors: list[Vector], as_json: bool) -> None:

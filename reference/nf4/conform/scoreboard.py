@@ -25,8 +25,8 @@ refused; no answer of its form (it died, hung, raised, or gave another length); 
 
 @dataclass(frozen=True)
 class Entry:
-    """A library to run: versions by distribution (None: not installed), how to install it, and the command that
-    speaks the protocol for it."""
+    """A library: its versions by distribution (None: not installed), how to install it, and the command
+    that speaks the protocol for it."""
 
     name: str
     title: str

@@ -1,4 +1,4 @@
-"""mps-bitsandbytes on the CPU: functional.quantize_4bit and dequantize_4bit, which say to be bitsandbytes' API.
+"""mps-bitsandbytes on the CPU: functional.quantize_4bit and dequantize_4bit, with bitsandbytes' API.
 
 Rows are documented to be padded to whole blocks, so tensors are given flat. Its nested level is int8: another
 format than NF4-6.
