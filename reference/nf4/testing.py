@@ -3,9 +3,9 @@
     from nf4.testing import conformance_tests
     TestMine = conformance_tests(MyQuantizer())
 
-Run by pytest, these two lines hold MyQuantizer against the vectors, against the reference beyond them, and against
-the properties that NF4 implies. MyQuantizer has methods named as the operations of NF4-13.3; those that it lacks are
-not tested. Needs Hypothesis.
+Run by pytest, these two lines hold MyQuantizer against the vectors, against the reference beyond them, and
+against the properties that NF4 implies. MyQuantizer has methods named as the operations of NF4-13.3; those
+that it lacks are not tested. Needs Hypothesis.
 """
 
 import math
@@ -36,8 +36,8 @@ INFINITY = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 
 _UINTS = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
 _SIGN = {"float32": 0x80000000, "float16": 0x8000, "bfloat16": 0x8000}
-# Where a rule changes: 1, the least normal number, the last absmax with an infinite reciprocal, the last with a
-# normal one, the largest.
+# Where a rule changes: 1, the least normal number, the last absmax with an infinite reciprocal, the last with
+# a normal one, the largest.
 _LANDMARKS = {
     "float32": [0x3F800000, 0x00800000, 0x00200000, 0x7E800000, 0x7F7FFFFF],
     "float16": [0x3C00, 0x0400, 0x7BFF],
@@ -97,10 +97,11 @@ def _scale_bits(dtype: str) -> st.SearchStrategy[int]:
 def blocks(
     draw: st.DrawFn, dtype: str, size: int, codebook: str | Codebook = "nf4", absmax: float | None = None
 ) -> NDArray[Any]:
-    """One block [size] that is hard to encode: its elements lie at, and a few ulp beside, what a threshold or a
-    value of the codebook times absmax gives; or are zeros of either sign, or anything up to absmax (NF4-3).
+    """One block [size] that is hard to encode (NF4-3).
 
-    Unless it is given, absmax is drawn: 1, zero, tiny, largest, at 2^-128 and 2^126, or any.
+    Its elements lie at, and up to two ulp beside, thresholds and values of the codebook times absmax, or are
+    zeros of either sign, or anything up to absmax. Unless it is given, absmax is drawn: 1, zero, tiny, the
+    largest, at 2^-128 and 2^126, or any.
     """
     if size == 0:
         return _array([], dtype)
@@ -129,8 +130,10 @@ def blocks(
 
 @st.composite
 def shapes(draw: st.DrawFn, block_size: int = 64, most: int | None = None) -> tuple[int, ...]:
-    """Shapes of up to most elements (by default four blocks): one dimension with and without a short last block,
-    rows that blocks cross, none, and nothing at all (NF4-3.1, NF4-12.4)."""
+    """Shapes of up to most elements, by default four blocks (NF4-3.1, NF4-12.4).
+
+    One dimension with and without a short last block, rows that blocks cross, no dimension, no element.
+    """
     limit = 4 * block_size if most is None else most
     edge = st.builds(
         lambda k, step: min(max(k * block_size + step, 0), limit),
@@ -172,10 +175,10 @@ def tensors(
 
 @st.composite
 def absmax_lists(draw: st.DrawFn, size: int | None = None, signed: bool = False) -> NDArray[np.float32]:
-    """Lists of absmax, float32 [size] or of up to three nested blocks: any finite values, equal or near each other,
-    and such as lie, less their mean, at the thresholds of the 8-bit map (NF4-6.1, NF4-6.3).
+    """Lists of absmax, float32 [size] or of up to three nested blocks (NF4-6.1, NF4-6.3).
 
-    All are positive or +0 unless signed, as those may be that NF4-6.4 decodes.
+    Any finite values, equal or near each other, and such as lie, less their mean, about the thresholds of the
+    8-bit map. All are positive or +0 unless signed, as those may be that NF4-6.4 decodes.
     """
     if size is None:
         size = draw(st.one_of(st.integers(0, 8), st.sampled_from([255, 256, 257, 513])))
@@ -262,7 +265,7 @@ class Conformance:
         assert not found, f"{operation} of {found[0].input}: {found[0].difference or found[0].got.message}"
 
     def test_requantizing_a_decoded_tensor_gives_the_same_codes(self) -> None:
-        """What decodes from codes that quantize gave gets these codes and this absmax again (see requantizes)."""
+        """What codes of quantize decode to gets these codes and this absmax again (see requantizes)."""
         self._need("quantize", "dequantize")
 
         def same(x: NDArray[Any], block_size: int) -> None:
@@ -392,7 +395,7 @@ class Conformance:
         self._hold_with(read_only, "read-only arrays")
 
     def test_any_memory_order_is_read_in_c_order(self) -> None:
-        """Strided, reversed and transposed arrays are read by their elements (Python objects alone; NF4-1.4)."""
+        """Strided, reversed and transposed arrays are read in C order (NF4-1.4; Python objects alone)."""
 
         def strided(array: NDArray[Any]) -> NDArray[Any]:
             apart = np.zeros((*array.shape, 2), array.dtype)
@@ -458,17 +461,17 @@ def conformance_tests(port: Any, examples: int = 100, seed: int = 0) -> type[Con
 
 
 def requantizes(absmax: NDArray[np.float32], dtype: "np.dtype[Any]", codebook: str = "nf4") -> bool:
-    """Whether codes that quantize gave, decoded to dtype, must be given again for the result, with the same absmax.
+    """Whether an array of dtype, decoded from what quantize gave, must get the same codes and absmax again.
 
-    That is exactly so where no absmax is of such a size, in units of the least subnormal of dtype (2^-149, 2^-24
-    or 2^-133), that products with it are too coarse: 5 units in nf4; in fp4, 9 or 12 to 96. In fp4-e2m1 and
-    int4 it is always so. Codes that no encoder gives, such as 8 of fp4, and tensors whose absmax was doubly
-    quantized are another matter.
+    It must, but where an absmax is so few units of the least subnormal of dtype (2^-149, 2^-24 or 2^-133) that
+    the products with it are too coarse: 5 units in nf4; 9, and 12 to 95 (in the 16-bit dtypes 96), in fp4.
+    In fp4-e2m1 and int4 it always must. At those sizes some codes change, others do not. Codes that no encoder
+    gives, such as 8 of fp4, and tensors whose absmax was quantized too are another matter.
     """
-    unit = np.ldexp(1.0, {"float32": -149, "float16": -24, "bfloat16": -133}[dtype.name])
-    units = absmax / unit
-    coarse = {"nf4": units == 5, "fp4": (units >= 9) & (units <= 96)}
-    return not np.any(coarse.get(codebook, False))
+    units = absmax / np.ldexp(1.0, {"float32": -149, "float16": -24, "bfloat16": -133}[dtype.name])
+    last = 95 if dtype == np.float32 else 96
+    coarse = {"nf4": units == 5, "fp4": (units == 9) | ((units >= 12) & (units <= last))}
+    return codebook not in coarse or not coarse[codebook].any()
 
 
 class _Given:
@@ -481,13 +484,11 @@ class _Given:
         function = getattr(self._target, name)
 
         def call(**fields: Any) -> Any:
-            arrays = {name: self._change(v) for name, v in fields.items() if isinstance(v, np.ndarray)}
-            before = {name: array.tobytes() for name, array in arrays.items()}
+            arrays = {key: self._change(v) for key, v in fields.items() if isinstance(v, np.ndarray)}
+            before = {key: array.tobytes() for key, array in arrays.items()}
             answer = function(**fields | arrays)
-            for name, array in arrays.items():
-                assert array.tobytes() == before[name], (
-                    f"it wrote into {name}, which it was only given to read"
-                )
+            for key, array in arrays.items():
+                assert array.tobytes() == before[key], f"it wrote into {key}, which it was given to read"
             return answer
 
         return call

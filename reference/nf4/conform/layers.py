@@ -1,12 +1,12 @@
-"""Defects that only a history of calls shows: a state machine over a quantized linear layer of somebody else's library.
+"""Defects that a history of calls shows: a state machine over the quantized linear layer of a library.
 
     for defect in find_defects(port, seed=0, examples=200):
         print(defect.report())
     print(*port.limits(), sep="\\n")
 
-port is a LayerPort: a small adapter of a library (`libraries/bitsandbytes_layers.py` is one). The machine makes layers
-of drawn weights, runs them in training and in evaluation, saves, loads and dequantizes them in any order, and holds
-after every step that
+port is a LayerPort: a small adapter of a library (`libraries/bitsandbytes_layers.py` is one). The machine
+makes layers of drawn weights, runs them in training and in evaluation, saves, loads and dequantizes them in
+any order, and holds at every step that
 
 - a forward gives x W^T + b, W being what a fresh layer decodes to (NF4-9.2);
 - what a layer saves is, bit for bit, what a fresh layer saves, whatever happened to it before (NF4-5.3);
@@ -36,7 +36,7 @@ from nf4.floats import DTYPES, narrow, widen
 from nf4.tensor import QuantizedTensor, dequantize
 
 TOLERANCE = {"float32": 1e-5, "float16": 2.0**-8, "bfloat16": 2.0**-6}
-"""What a forward may be off, relative to the sum of the magnitudes of an output's terms, by the dtype of x."""
+"""What an output may be off, relative to the sum of the magnitudes of its terms, by the dtype of x."""
 
 _ROUNDS = 16  # at most so many defects are looked for
 _STEPS = 5  # of a history
@@ -68,7 +68,7 @@ class Layer(Protocol):
 
 
 class LayerPort(Protocol):
-    """A library with quantized linear layers. A method raises NotImplementedError for what it does not have."""
+    """A library with quantized linear layers; NotImplementedError stands for what it does not have."""
 
     name: str
 
@@ -103,8 +103,8 @@ class Defect:
 def find_defects(port: LayerPort, seed: int = 0, examples: int = 200) -> list[Defect]:
     """Return the defects that histories of up to five calls show, each once, by a history made short.
 
-    A search of `examples` histories is repeated, with what is known left aside, until it finds nothing. The same
-    seed finds the same.
+    A search of `examples` histories is repeated, with what is known left aside, until it finds nothing. The
+    same seed finds the same.
     """
     defects: dict[str, Defect] = {}
     for turn in range(_ROUNDS):
@@ -256,7 +256,7 @@ class _Machine(RuleBasedStateMachine):
             self._layer = None
         self._past.append("dequantize")
 
-    def _save(self) -> Saved | None:
+    def _save(self) -> Any:
         """What the layer saves; None where that shows something known to be wrong."""
         assert self._layer is not None
         saved = self._call("save", self._layer.save)
@@ -271,12 +271,12 @@ class _Machine(RuleBasedStateMachine):
         return saved
 
     def _call(self, kind: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of a call of the library; None, and the end of the history, where it raises as is known."""
+        """The result of a call of the library; None, and the end of the history, where it raises as known."""
         try:
             return function(*arguments)
         except NotImplementedError:
             pass
-        except Exception as error:  # noqa: BLE001  whatever the library raises is what is looked for
+        except Exception as error:  # whatever the library raises is what is looked for
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(frame.filename).name}, {frame.name}: {frame.line}"
             self._show(kind, f"raises {type(error).__name__} in {place}", str(error) or "(no message)", True)
@@ -299,8 +299,8 @@ class _Machine(RuleBasedStateMachine):
             return None
         at = tuple(bad[0])
         return (
-            f"{len(bad)} of {want.size} outputs are off, the first at {[int(i) for i in at]}: expected {want[at]:g} to "
-            f"{bound:g} of {scale[at]:g}, got {float(got[at]):g}"
+            f"{len(bad)} of {want.size} outputs are off, the first at {[int(i) for i in at]}: "
+            f"expected {want[at]:.9g}, by at most {bound * scale[at]:.3g} off; got {float(got[at]):.9g}"
         )
 
     def _show(self, kind: str, what: str, detail: str, fresh: bool) -> None:

@@ -1,17 +1,14 @@
 """The layer of bitsandbytes, Linear4bit, for the search of defects in its state."""
 
+import importlib
 from typing import Any
 
-import bitsandbytes
 import numpy as np
-import torch
-from bitsandbytes import functional
-from bitsandbytes.nn import Linear4bit, Params4bit
 from numpy.typing import NDArray
 
 from nf4.codebooks import CODEBOOKS
 from nf4.conform.layers import LayerSpec, Saved
-from nf4.floats import BFLOAT16, DTYPES
+from nf4.conform.libraries.tensors import to_numpy, to_torch
 from nf4.nested import NestedAbsmax
 from nf4.tensor import QuantizedTensor
 
@@ -22,13 +19,13 @@ class BitsandbytesLayers:
     """Layers of bitsandbytes on the CPU (nf4.conform.layers.LayerPort)."""
 
     def __init__(self) -> None:
-        self.name = f"bitsandbytes {bitsandbytes.__version__}"
+        self.name = f"bitsandbytes {_bitsandbytes().__version__}"
 
     def quantize(self, spec: LayerSpec) -> "BitsandbytesLayer":
         """Return Linear4bit of the weight, quantized by moving it to the CPU."""
         layer = _empty(spec)
-        layer.weight = Params4bit(
-            _to_torch(spec.weight),
+        layer.weight = _bitsandbytes().nn.Params4bit(
+            to_torch(spec.weight),
             blocksize=spec.block_size,
             compress_statistics=spec.double_quant,
             quant_type="nf4",
@@ -39,9 +36,9 @@ class BitsandbytesLayers:
     def load(self, spec: LayerSpec, saved: Saved) -> "BitsandbytesLayer":
         """Return Linear4bit of a state_dict, as transformers loads it."""
         layer = _empty(spec)
-        state = {name: _to_torch(array) for name, array in saved.items()}
+        state = {name: to_torch(array) for name, array in saved.items()}
         statistics = {name: value for name, value in state.items() if name.startswith("weight.")}
-        layer.weight = Params4bit.from_prequantized(
+        layer.weight = _bitsandbytes().nn.Params4bit.from_prequantized(
             data=state["weight"], quantized_stats=statistics, device="cpu", module=layer
         )
         if spec.bias is not None:
@@ -52,9 +49,9 @@ class BitsandbytesLayers:
         """Return the tensor of a state_dict (NF4-8.2)."""
         absmax: Array | NestedAbsmax = saved["weight.absmax"]
         if spec.double_quant:
-            state = functional.QuantState.from_dict(
-                {name: _to_torch(array) for name, array in saved.items() if name.startswith("weight.")},
-                device=torch.device("cpu"),
+            state = _bitsandbytes().functional.QuantState.from_dict(
+                {name: to_torch(array) for name, array in saved.items() if name.startswith("weight.")},
+                device=_torch().device("cpu"),
             )
             absmax = NestedAbsmax(
                 saved["weight.absmax"],
@@ -74,14 +71,15 @@ class BitsandbytesLayers:
     def limits(self) -> list[str]:
         """Return what of bitsandbytes this processor does not run."""
         limits = []
-        if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        if _torch().backends.cpu.get_cpu_capability() != "AVX512":
             limits.append(
-                f"{self.name}: this machine has no AVX-512, with which its dequantize runs another kernel; that one is not tried"
+                f"{self.name}: this machine has no AVX-512, with which dequantize runs another kernel; "
+                "that one is not tried"
             )
-        if not functional.has_avx512bf16():
+        if not _bitsandbytes().functional.has_avx512bf16():
             limits.append(
-                f"{self.name}: this machine has no AVX512-BF16, with which an evaluation repacks the weights in place; "
-                "what follows from that is not tried"
+                f"{self.name}: this machine has no AVX512-BF16, with which a forward in evaluation repacks "
+                "the weights in place; what follows from that is not tried"
             )
         return limits
 
@@ -89,18 +87,19 @@ class BitsandbytesLayers:
 class BitsandbytesLayer:
     """One Linear4bit (nf4.conform.layers.Layer)."""
 
-    def __init__(self, layer: Linear4bit) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
 
     def forward(self, x: Array, training: bool) -> Array:
         """Return the output of the layer, in train or eval mode."""
         self.layer.train(training)
+        torch = _torch()
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return _to_numpy(self.layer(_to_torch(x)))
+            return to_numpy(self.layer(to_torch(x)))
 
     def save(self) -> Saved:
         """Return its state_dict."""
-        return {name: _to_numpy(tensor) for name, tensor in self.layer.state_dict().items()}
+        return {name: to_numpy(tensor).copy() for name, tensor in self.layer.state_dict().items()}
 
     def dequantize(self) -> Array:
         """Return dequantize_4bit of its weight and quant_state."""
@@ -110,30 +109,25 @@ class BitsandbytesLayer:
             )
 
 
-def _empty(spec: LayerSpec) -> Linear4bit:
+def _bitsandbytes() -> Any:
+    return importlib.import_module("bitsandbytes")
+
+
+def _torch() -> Any:
+    return importlib.import_module("torch")
+
+
+def _empty(spec: LayerSpec) -> Any:
+    """A Linear4bit of that form, its weight to be replaced."""
     out_features, in_features = spec.weight.shape
-    layer = Linear4bit(
+    layer = _bitsandbytes().nn.Linear4bit(
         in_features,
         out_features,
         bias=spec.bias is not None,
-        compute_dtype=_to_torch(spec.weight[:0]).dtype,
+        compute_dtype=to_torch(spec.weight[:0]).dtype,
         compress_statistics=spec.double_quant,
         quant_type="nf4",
     )
     if spec.bias is not None:
-        layer.bias.data = _to_torch(spec.bias)
+        layer.bias.data = to_torch(spec.bias)
     return layer
-
-
-def _to_torch(array: Array) -> torch.Tensor:
-    array = array.copy()  # the library must not write into what is compared later
-    if array.dtype == BFLOAT16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _to_numpy(tensor: torch.Tensor) -> Array:
-    tensor = tensor.detach().clone()
-    if tensor.dtype == torch.bfloat16:
-        return np.asarray(tensor.view(torch.int16).numpy()).view(DTYPES["bfloat16"])
-    return np.asarray(tensor.numpy())
