@@ -96,7 +96,7 @@ def failures(run: Run, flags: Mapping[str, str]) -> str:
     for group in groups(result for result in run.results if result.bad):
         first = group.results[0]
         looks = f"looks like {group.flag}" if group.flag else "of no known bug"
-        title = f"FAILED {len(group.results)} of {group.clause}, {looks}"
+        title = f"FAILED {group.clause}, {len(group.results)} vectors, {looks}"
         rows = details(run, first, flags, group.flag)
         also = [result.vector.id for result in group.results[1:]]
         if also:
