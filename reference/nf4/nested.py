@@ -55,7 +55,7 @@ DYNAMIC_MAP = from_hex(
 )
 """The 8-bit dynamic map, float32 [256], ascending (NF4-6.2)."""
 
-_THRESHOLDS = midpoint_thresholds(DYNAMIC_MAP)
+THRESHOLDS = midpoint_thresholds(DYNAMIC_MAP)
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -90,7 +90,7 @@ class NestedAbsmax:
         return hash(self._bits())
 
     def _bits(self) -> tuple[Any, ...]:
-        arrays = (self.codes, self.absmax, np.float32(self.offset), self.map)
+        arrays = (self.codes, self.absmax, self.offset, self.map)
         return (self.block_size, *(array.tobytes() for array in arrays))
 
     @property
@@ -134,8 +134,8 @@ def _search_table() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """
     keys = np.arange(65536, dtype=np.uint32) << np.uint32(16)
     smallest = np.fmin(keys.view(np.float32), (keys | np.uint32(0xFFFF)).view(np.float32))
-    below = np.searchsorted(_THRESHOLDS, smallest, side="left")
-    limit = np.append(_THRESHOLDS, np.float32(np.inf))[below]
+    below = np.searchsorted(THRESHOLDS, smallest, side="left")
+    limit = np.append(THRESHOLDS, np.float32(np.inf))[below]
     return below.astype(np.uint8), limit
 
 
