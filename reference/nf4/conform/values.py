@@ -200,7 +200,7 @@ def _decode_array(where: str, value: Any) -> NDArray[Any]:
 
 def _check_plain(where: str, kind: str, value: Any) -> Any:
     if kind == "int":
-        _check(where, _is_count(value, -(2**31)), value, "an integer of at most 31 bits")
+        _check(where, _is_count(value, 1 - 2**31), value, "an integer of at most 31 bits")
     elif kind == "bool":
         _check(where, isinstance(value, bool), value, "true or false")
     elif kind in {"str", "dtype", "codebook"}:
@@ -209,7 +209,7 @@ def _check_plain(where: str, kind: str, value: Any) -> Any:
         fine = isinstance(value, list) and all(isinstance(item, str) for item in value)
         _check(where, fine, value, "a list of strings")
     else:
-        low = 0 if kind == "shape" else -(2**31)
+        low = 0 if kind == "shape" else 1 - 2**31
         fine = isinstance(value, list) and all(_is_count(item, low) for item in value)
         _check(where, fine, value, "a list of counts" if kind == "shape" else "a list of integers")
     return value

@@ -19,7 +19,7 @@ SPECIFICATION = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parents[1] / "sp
 """The directory of the specification: in the package or, in a checkout, beside reference/."""
 
 VECTORS = SPECIFICATION / "vectors"
-VERSION = "1.0.0"
+VERSION = (SPECIFICATION / "VERSION").read_text("utf-8").strip()
 """The version of the specification that these vectors are of."""
 
 FLAGS_FILE = "flags.json"
