@@ -463,10 +463,10 @@ def conformance_tests(port: Any, examples: int = 100, seed: int = 0) -> type[Con
 def requantizes(absmax: NDArray[np.float32], dtype: "np.dtype[Any]", codebook: str = "nf4") -> bool:
     """Whether an array of dtype, decoded from what quantize gave, must get the same codes and absmax again.
 
-    It must, but where an absmax is so few units of the least subnormal of dtype (2^-149, 2^-24 or 2^-133) that
-    the products with it are too coarse: 5 units in nf4; 9, and 12 to 95 (in the 16-bit dtypes 96), in fp4.
-    In fp4-e2m1 and int4 it always must. At those sizes some codes change, others do not. Codes that no encoder
-    gives, such as 8 of fp4, and tensors whose absmax was quantized too are another matter.
+    It must, but where an absmax is so few units of the least subnormal of dtype (2^-149, 2^-24 or 2^-133)
+    that the products with it are too coarse: 5 units in nf4; 9, and 12 to 95 (in the 16-bit dtypes 96), in
+    fp4. At those sizes some codes change, others do not. In fp4-e2m1 and int4 it always must. Codes that no
+    encoder gives, such as 8 of fp4, and tensors whose absmax was quantized too are another matter.
     """
     units = absmax / np.ldexp(1.0, {"float32": -149, "float16": -24, "bfloat16": -133}[dtype.name])
     last = 95 if dtype == np.float32 else 96

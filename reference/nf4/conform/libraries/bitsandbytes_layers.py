@@ -103,10 +103,9 @@ class BitsandbytesLayer:
 
     def dequantize(self) -> Array:
         """Return dequantize_4bit of its weight and quant_state."""
-        with torch.compiler.set_stance("force_eager"):
-            return _to_numpy(
-                functional.dequantize_4bit(self.layer.weight.data, self.layer.weight.quant_state)
-            )
+        weight = self.layer.weight
+        with _torch().compiler.set_stance("force_eager"):
+            return to_numpy(_bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state))
 
 
 def _bitsandbytes() -> Any:
