@@ -23,6 +23,11 @@ VERDICTS = ("conforms", "differs", "refused", "accepted", "no answer", "not offe
 refused; no answer of its form (it died, hung, raised, or gave another length); the library lacks that."""
 
 
+# Outputs are compared in the order in which they are computed: these clauses are about the first one alone.
+_SHOWN_BY = {"NF4-3.2": "absmax", "NF4-6.1": "offset"}
+_PLURALS = {"differs": "differ"}
+
+
 @dataclass(frozen=True)
 class Entry:
     """A library: its versions by distribution (None: not installed), how to install it, and the command
@@ -51,7 +56,13 @@ def entries() -> list[Entry]:
             library.title,
             versions(library),
             f"pip install {' '.join(library.distributions)}",
-            (sys.executable, "-m", "nf4.conform.libraries", name),
+            (
+                sys.executable,
+                "-P",
+                "-m",
+                "nf4.conform.libraries",
+                name,
+            ),  # -P: not what lies where it is called
         )
         for name, library in LIBRARIES.items()
     ]
@@ -96,11 +107,16 @@ def verdict(result: Result) -> str:
 
 
 def by_clause(score: Score) -> dict[str, Counter[str]]:
-    """Return by clause, in the order of the text, how many of its vectors got which verdict."""
+    """Return by clause, in the order of the text, how many of its vectors got which verdict.
+
+    What only a later output gets wrong, such as the codes, conforms to the clause of an earlier one.
+    """
     found: dict[str, Counter[str]] = {}
     for result in score.run.results if score.run else []:
+        wrong = result.difference.field if result.difference else ""
         for id in result.vector.clauses:
-            found.setdefault(id, Counter())[verdict(result)] += 1
+            agreed = wrong and id in _SHOWN_BY and wrong != _SHOWN_BY[id]
+            found.setdefault(id, Counter())["conforms" if agreed else verdict(result)] += 1
     order = {id: i for i, id in enumerate(clauses())}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 
@@ -162,7 +178,7 @@ def _cell(verdicts: Counter[str]) -> str:
         return ""
     if verdicts["conforms"] == asked:
         return f"conforms ({asked})"
-    parts = [f"{verdicts[name]} {name}" for name in VERDICTS[1:-1] if verdicts[name]]
+    parts = [f"{verdicts[name]} {_PLURALS.get(name, name)}" for name in VERDICTS[1:-1] if verdicts[name]]
     return f"{', '.join(parts)} of {asked}"
 
 

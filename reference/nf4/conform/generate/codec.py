@@ -262,7 +262,7 @@ def _quantize_values() -> Iterator[Vector]:
             f"{name}-thresholds",
             "2.1 2.2 3.5" + (" 2.3" if name == "nf4" else ""),
             f"Every threshold of {name} one ulp below, at and one ulp above, in a block whose absmax is 1.",
-            np.append(_around(book.thresholds), np.float32(1)),
+            _block(np.append(_around(book.thresholds), np.float32(1)), 64),
             "TieRule NearestSearch" + ("" if name in {"nf4", "int4"} else " CodeOrder"),
             64,
             name,
@@ -376,12 +376,21 @@ def _quantize_zeros() -> Iterator[Vector]:
             "ZeroBlock PadNibble",
             codebook=name,
         )
+    for name in ("nf4", "fp4"):
+        yield _encode(
+            f"{name}-zero-blocks",
+            "3.4 3.5",
+            "Whole blocks of +0 and of -0, with one that is not zero between them.",
+            np.concatenate([zeros, _noise(3, 32), -zeros]),
+            "ZeroBlock",
+            codebook=name,
+        )
     x = np.concatenate([_bits(0xBF800000), _noise(4, 31) / 2, _bits(0x3F800000, 0xBF800000, 0x80000000, 0)])
     yield _encode(
         "nf4-negative-absmax",
         "3.2 3.5",
         "The largest magnitude is that of a negative element: absmax is positive, and -0 has the code of +0.",
-        x.astype(np.float32),
+        _block(x.astype(np.float32)),
         "SignedAbsmax",
     )
 
@@ -395,6 +404,14 @@ def _quantize_layout() -> Iterator[Vector]:
             f"A whole block of {size} and a short one of 7.",
             _tensor(_noise(size, size + 7, "bfloat16"), size),
             flags="NibbleOrder PadNibble",
+        )
+        yield make(
+            "quantize",
+            f"nf4-one-block-{size}",
+            "3.1 5.1",
+            f"One whole block of {size} and no short one.",
+            _tensor(_noise(size, size, "bfloat16"), size),
+            flags="NibbleOrder",
         )
     yield make(
         "quantize",

@@ -1,7 +1,7 @@
 """Libraries that somebody else wrote, each as a Python port: a module with a function for each operation.
 
 A function asks the library's public functions for what the table of operations says, and returns what comes.
-What the library does not have raises NotImplementedError, an input that it does not take ValueError. Bytes
+What the library does not have raises NotImplementedError; whatever it raises itself refuses the input. Bytes
 are rearranged only where it documents a layout other than NF4-5.1; else the difference is the finding.
 """
 
@@ -27,6 +27,8 @@ LIBRARIES: dict[str, Library] = {
     "ejkernel": Library("ejkernel", ("ejkernel", "jax")),
     "neural_compressor": Library("Intel Neural Compressor", ("neural-compressor-pt", "torch")),
     "mps_bitsandbytes": Library("mps-bitsandbytes", ("mps-bitsandbytes", "torch")),
+    "pytorch": Library("PyTorch", ("torch",)),
+    "transformers": Library("transformers", ("transformers", "torch")),
 }
 """By the name of the module in this package that asks it."""
 

@@ -1,10 +1,11 @@
 """NVIDIA ModelOpt's NF4QTensor on the CPU: quantize, and dequantize.
 
 It decodes scales that are int8 around their mean, another format than NF4-6: absmax is given as those, with a
-factor of 1 and a mean of 0.
+factor of 1 and a mean of 0. It stores whole blocks; the bytes of the elements are taken.
 """
 
 import importlib
+import math
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from nf4.conform.libraries.tensors import to_numpy, to_torch, torch_dtype
 def quantize(x: NDArray[Any], block_size: int, codebook: str) -> dict[str, NDArray[Any]]:
     """NF4QTensor.quantize of x in its shape; scales come in the dtype of x and are widened."""
     tensor, scales = _class(codebook).quantize(to_torch(x), block_size, 1)  # its default of None fails
-    return {"codes": to_numpy(tensor._quantized_data), "absmax": to_numpy(scales.float()).reshape(-1)}
+    codes = to_numpy(tensor._quantized_data)[: math.ceil(x.size / 2)]
+    return {"codes": codes, "absmax": to_numpy(scales.float()).reshape(-1)}
 
 
 def dequantize(
     codes: NDArray[Any], absmax: NDArray[Any], shape: list[int], dtype: str, block_size: int, codebook: str
 ) -> NDArray[Any]:
-    """NF4QTensor.dequantize, the codes filled up to a whole block as it stores them."""
+    """NF4QTensor.dequantize, the codes filled up to whole blocks."""
     torch: Any = importlib.import_module("torch")
     full = np.zeros(len(absmax) * block_size // 2, np.uint8)
     full[: len(codes)] = codes

@@ -1,10 +1,11 @@
 """mps-bitsandbytes on the CPU: functional.quantize_4bit and dequantize_4bit, with bitsandbytes' API.
 
-Rows are documented to be padded to whole blocks, so tensors are given flat. Its nested level is int8: another
-format than NF4-6.
+Rows are documented to be padded to whole blocks, so tensors are given flat, and of the whole blocks stored
+the bytes of the elements are taken. Its nested level is int8: another format than NF4-6.
 """
 
 import importlib
+import math
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def quantize(x: NDArray[Any], block_size: int, codebook: str) -> dict[str, NDArr
     codes, state = functional.quantize_4bit(
         to_torch(x).reshape(-1), blocksize=block_size, quant_type=codebook
     )
-    return {"codes": to_numpy(codes), "absmax": to_numpy(state.absmax)}
+    return {"codes": to_numpy(codes)[: math.ceil(x.size / 2)], "absmax": to_numpy(state.absmax)}
 
 
 def dequantize(
