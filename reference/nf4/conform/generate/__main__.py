@@ -4,15 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from nf4.conform.generate import codec, lora, random, training
+from nf4.conform.generate import codec, files, lora, random, training
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.vectors import VECTORS, canonical
 from nf4.formats.files import atomic_write
 
 
-def files() -> dict[str, bytes]:
+def contents() -> dict[str, bytes]:
     """Return the file of each operation that has vectors, by name."""
-    vectors = [vector for module in (codec, random, lora, training) for vector in module.vectors()]
+    vectors = [vector for module in (codec, random, lora, training, files) for vector in module.vectors()]
     by_operation = {name: [v for v in vectors if v.operation == name] for name in OPERATIONS}
     return {f"{name}.json": canonical(name, mine) for name, mine in by_operation.items() if mine}
 
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     wrong = 0
-    for name, content in files().items():
+    for name, content in contents().items():
         path = options.directory / name
         stored = path.read_bytes() if path.exists() else None
         if stored == content:

@@ -101,7 +101,7 @@ class _Layer:
         self,
         slug: str,
         *,
-        shape: tuple[int, int] = (24, 32),
+        shape: tuple[int, int] = (12, 16),
         rank: int = 4,
         alpha: float = 8.0,
         rslora: bool = False,
@@ -251,7 +251,6 @@ def _forward() -> Iterator[Vector]:
         "Dropout of one sequence; the weight sees X whole.",
         "LaneOrder DropoutOnWeight",
         dropout=0.1,
-        shape=(16, 16),
     )
     yield forward(
         "dropout-rare",
@@ -343,7 +342,7 @@ def _backward() -> Iterator[Vector]:
         lengths=(8,),
         block_size=32,
     )
-    yield backward("bias", "A bias has no part in the gradients.", "", bias=True, shape=(16, 16))
+    yield backward("bias", "A bias has no part in the gradients.", "", bias=True)
     yield backward(
         "rslora",
         "A weight and adapters in bfloat16, s = alpha / sqrt(r).",
@@ -353,13 +352,12 @@ def _backward() -> Iterator[Vector]:
         rslora=True,
         rank=3,
     )
-    yield backward("zero-b", "B is 0: A gets no gradient yet, B does.", "", zero_b=True, shape=(16, 16))
+    yield backward("zero-b", "B is 0: A gets no gradient yet, B does.", "", zero_b=True)
     yield backward(
         "dropout",
         "The mask of the forward pass, in dA, dB and dX.",
         "MaskNotInBackward LaneOrder",
         dropout=0.3,
-        shape=(16, 16),
     )
     yield backward(
         "dropout-rare",
@@ -445,6 +443,7 @@ def _lora_step() -> Iterator[Vector]:
         "Six rows through a double-quantized NF4 weight [24, 32], with dropout, clipping and decay.",
         "BiasCorrection ScaleRule MaskNotInBackward",
         [3, 23, 0, 17, 8, 11],
+        shape=(24, 32),
         double_quant=True,
         dropout=0.1,
         weight_decay=0.1,
@@ -455,8 +454,7 @@ def _lora_step() -> Iterator[Vector]:
         "bfloat16",
         "A weight and adapters in bfloat16, rsLoRA, no clipping.",
         "WeightNotRounded ScaleRule",
-        [1, 5, 15, 0],
-        shape=(16, 32),
+        [1, 5, 11, 0],
         dtype="bfloat16",
         adapter_dtype="bfloat16",
         rslora=True,
@@ -470,7 +468,6 @@ def _lora_step() -> Iterator[Vector]:
         "The first step of a run: B is 0, some rows have no target, the codebook is fp4.",
         "IgnoredCounted",
         [-100, 5, 2, -100],
-        shape=(8, 32),
         codebook="fp4",
         zero_b=True,
         lengths=(1, 3),

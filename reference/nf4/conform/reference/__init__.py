@@ -16,6 +16,14 @@ from nf4.conform.reference.codec import (
     storage,
     widen,
 )
+from nf4.conform.reference.files import (
+    merge,
+    quantize_model,
+    read_adapter,
+    read_model,
+    read_tensor,
+    write_tensor,
+)
 from nf4.conform.reference.training import (
     adamw,
     clip,
@@ -53,13 +61,19 @@ __all__ = [
     "lora_forward",
     "lora_step",
     "loss",
+    "merge",
     "narrow",
     "permutation",
     "philox",
     "quantize",
     "quantize_double",
+    "quantize_model",
+    "read_adapter",
+    "read_model",
+    "read_tensor",
     "storage",
     "stream",
     "uniform",
     "widen",
+    "write_tensor",
 ]
