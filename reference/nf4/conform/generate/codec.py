@@ -203,7 +203,7 @@ def _widen() -> Iterator[Vector]:
             "7.1 1.1",
             f"{name} numbers of every kind of exponent: zeros, subnormals, the largest and the infinities.",
             {"x": x.view(DTYPES[name]), "dtype": name},
-            flags="FlushSubnormal" if name == "float16" else "",
+            flags="FlushSubnormal" if name == "bfloat16" else "",
         )
         nans = np.array([infinity | 1, infinity | (infinity >> 1 & ~infinity), 0x7FFF], np.uint16)
         yield make(
@@ -226,7 +226,7 @@ def _narrow() -> Iterator[Vector]:
         "7.2 1.1",
         "At and around midpoints of two bfloat16: subnormal, odd and even, and past the largest.",
         {"x": np.concatenate([x, -x]), "dtype": "bfloat16"},
-        flags="TruncatedConversion FlushSubnormal",
+        flags="TruncatedConversion FlushSubnormal OverflowClamped",
     )
     # Midpoints of two float16 by the bits of the lower one: subnormal, normal, odd and even, the largest
     lower = [0, 1, 2, 0x1FF, 0x200, 0x3FE, 0x3FF, 0x400, 0x401, 0x3BFF, 0x3C00, 0x3C01, 0x7BFE]
@@ -239,7 +239,7 @@ def _narrow() -> Iterator[Vector]:
         "7.3 1.1",
         "At and around midpoints of two float16: subnormal, odd and even, and past the largest.",
         {"x": np.concatenate([x, -x]).astype(np.float32), "dtype": "float16"},
-        flags="TruncatedConversion FlushSubnormal",
+        flags="TruncatedConversion FlushSubnormal OverflowClamped",
     )
     nans = (0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FC00001, 0x7FFF7FFF, 0x7FFF8000, 0x7FFFFFFF)
     for name, clause in (("bfloat16", "7.2"), ("float16", "7.3")):
@@ -315,7 +315,7 @@ def _quantize_tiny_and_huge() -> Iterator[Vector]:
             "normal",
             "the smallest normal number and its neighbours",
             (0x7FFFFF, 0x800000, 0x800001),
-            "AbsmaxClamped",
+            "FlushSubnormal",
         ),
         (
             "1e-38",
@@ -358,7 +358,7 @@ def _quantize_tiny_and_huge() -> Iterator[Vector]:
             "3.1 7.1 1.1",
             f"A block of the smallest subnormals of {name}, and a short one with its largest numbers.",
             x.view(DTYPES[name]),
-            "FlushSubnormal",
+            "FlushSubnormal" if name == "bfloat16" else "",
         )
 
 
@@ -373,7 +373,7 @@ def _quantize_zeros() -> Iterator[Vector]:
             "3.4 3.5 5.2",
             "Blocks of zeros of both signs, a short last one too: the code of zero, and absmax +0.",
             x,
-            "ZeroBlock PadNibble",
+            "ZeroBlock" + (" PadNibble" if name in {"nf4", "int4"} else ""),
             codebook=name,
         )
     for name in ("nf4", "fp4"):
@@ -428,7 +428,7 @@ def _quantize_layout() -> Iterator[Vector]:
             "2.1 5.1 5.2",
             "An odd number of elements: the low half of the last byte holds the code of zero.",
             _tensor(_noise(6, 33), 64, name),
-            flags="NibbleOrder PadNibble",
+            flags="NibbleOrder" + (" PadNibble" if name in {"nf4", "int4"} else " CodeOrder"),
         )
     for shape, size in _CROSSED:
         text = "-".join(str(n) for n in shape)
@@ -794,7 +794,7 @@ def _absmax(slug: str, clauses: str, comment: str, absmax: NDArray[Any], flags: 
 
 def _encode_absmax_means() -> Iterator[Vector]:
     tiny, mixed = np.full(15, 2.0**-24), np.abs(_noise(20, 37, spread=120))
-    turns = np.stack([np.full(12, 2.0**30), np.abs(_noise(21, 12))], axis=1).reshape(-1)
+    small = 64 * np.abs(_noise(21, 12, spread=1)) / 2
     for slug, comment, absmax, flags in (
         (
             "large-first",
@@ -804,9 +804,9 @@ def _encode_absmax_means() -> Iterator[Vector]:
         ),
         ("large-last", "Fifteen 2^-24 and 1: the same mean.", np.append(tiny, 1), ""),
         (
-            "turns",
-            "2^30 and small numbers in turn, which a float32 sum loses in any order.",
-            turns,
+            "large-between",
+            "2^30 amid numbers of which it loses each in a float32 sum.",
+            np.concatenate([small, [2.0**30], small]),
             "MeanOrder",
         ),
         (
@@ -827,7 +827,7 @@ def _encode_absmax_means() -> Iterator[Vector]:
             "three",
             "The sum of three is divided by 3, not multiplied by a rounded third.",
             _noise(23, 3) ** 2,
-            "",
+            "MeanOrder",
         ),
         ("seven", "Seven numbers.", np.abs(_noise(22, 7, spread=3)), ""),
         ("mixed", "37 numbers over 120 powers of two.", mixed, ""),
@@ -884,7 +884,7 @@ def _near(offset: np.float32, threshold: np.float32, absmax: np.float32) -> Floa
 def _encode_absmax_codes() -> Iterator[Vector]:
     for slug, offset, low, high, per_block, flags in (
         ("outer", 1, 0.05, 1, 100, "TieRule DynamicMapRounding NearestSearch"),
-        ("inner", 1 / 16, 0, 0.05, 64, "DynamicMapRounding"),
+        ("inner", 1 / 16, 0, 0.05, 64, "TieRule DynamicMapRounding"),
     ):
         yield _absmax(
             f"map-thresholds-{slug}",
@@ -971,7 +971,7 @@ def _encode_absmax_codes() -> Iterator[Vector]:
 def _nested_division() -> Float32:
     """absmax around 1 of which a true division by the nested absmax would give r another code."""
     thresholds = midpoint_thresholds(DYNAMIC_MAP)
-    one, absmax = np.float32(1), _bits(0x3F7FFFFD)[0]  # nested: of r
+    one, absmax = np.float32(1), _bits(0x3F7FF006)[0]  # with more such r than most have
     reciprocal = one / absmax
     found = []
     for threshold in thresholds[np.abs(thresholds) > 0.3]:
@@ -1043,7 +1043,6 @@ def _decode_absmax() -> Iterator[Vector]:
         "6.4 1.5",
         "Nested absmax +0 and offset -0: -0 where the entry of the map is negative, else +0.",
         minus_zero,
-        "NegativeZero",
     )
     yield _decoded(
         "decode-zero-nested",
