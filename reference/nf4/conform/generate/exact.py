@@ -59,6 +59,8 @@ def normal(u: float, v: float) -> tuple[np.float32, np.float32]:
 
 def half_cosine(done: int, of: int) -> Fraction:
     """Return (1 + cos(pi done / of)) / 2 to 40 digits (NF4-10.6)."""
+    if done == of:
+        return Fraction(0)
     with localcontext(_CONTEXT):
         return Fraction((1 + cos(_PI * done / of)) / 2)
 

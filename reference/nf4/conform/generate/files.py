@@ -985,9 +985,7 @@ def _merge() -> Iterator[Vector]:
         return make("merge", f"merge-{slug}", "8.8", comment, fields, flags=flags, output=output, **more)
 
     A, B = numbers("merge.A", 3, 8), numbers("merge.B", 6, 3)
-    yield merged(
-        "float32", "A scale that is no power of two.", "ScaleMissing", "float32", A, B, 8 / math.sqrt(3)
-    )
+    yield merged("float32", "A scale that is no power of two.", "", "float32", A, B, 8 / math.sqrt(3))
     square = numbers("merge.square", 4, 4), numbers("merge.square.B", 4, 4)
     yield merged(
         "square",

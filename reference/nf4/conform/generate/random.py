@@ -91,7 +91,7 @@ def _uniforms() -> Iterator[Vector]:
     order = "UniformBits WordOrder"
     for slug, fields, n, comment, flags in (
         ("none", _draw(1), 0, "No numbers at all.", ""),
-        ("one", _draw(1), 1, "One number of a block.", order),
+        ("one", _draw(1), 1, "One number of a block.", "WordOrder"),
         ("blocks", _draw(1, q_proj), 11, "Two blocks and a part of a third.", f"{order} CounterOrder"),
         ("sample", _draw(1, q_proj, 3), 4, "Another sample draws other numbers.", f"{order} CounterOrder"),
         (

@@ -64,14 +64,15 @@ def _adamw() -> Iterator[Vector]:
     def update(slug: str, clauses: str, comment: str, flags: str, **change: Any) -> Vector:
         shape = change.pop("shape", [4, 8])
         n, dtype = math.prod(shape), change.pop("dtype", "float32")
-        t = change.get("updates", 0)
+        t, lr = change.get("updates", 0), change.get("lr", 1e-3)
         arrays = {
-            "p": numbers(f"adamw-{slug}.p", n, scale=0.5, dtype=dtype),
+            # No larger than what an update moves, so that the last bit of u shows in p.
+            "p": numbers(f"adamw-{slug}.p", n, scale=2 * lr if lr > 0 else 0.5, dtype=dtype),
             "g": numbers(f"adamw-{slug}.g", n, scale=0.02),
             "m": numbers(f"adamw-{slug}.m", n, scale=0.01 if t else 0.0) + np.float32(0),
             "v": np.abs(numbers(f"adamw-{slug}.v", n, scale=1e-4 if t else 0.0)),
         }
-        constants = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
+        constants = {"lr": lr, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
         refused = change.pop("refused", None)
         fields: dict[str, Any] = {"dtype": dtype, "shape": shape, "updates": 0} | arrays | constants | change
         fields |= {name: np.array([float(fields[name])]) for name in constants}
@@ -173,6 +174,7 @@ def _adamw() -> Iterator[Vector]:
         "Updates below half an ulp of a bfloat16 are lost: there is no second copy.",
         "",
         dtype="bfloat16",
+        p=numbers("adamw-bfloat16-stuck", 8, dtype="bfloat16"),
         lr=1e-5,
         updates=5,
         shape=[8],
@@ -281,7 +283,7 @@ def _learning_rates() -> Iterator[Vector]:
 
     for schedule in ("constant", "linear", "cosine"):
         span = "" if schedule == "constant" else "ScheduleSpan"
-        zero = "" if schedule == "constant" else "ScheduleZeroSpan"
+        zero = "ScheduleZeroSpan" if schedule == "cosine" else ""
         for slug, step, steps, warmup, comment, flags in (
             ("first", 0, 100, 0, "The first step without a warm-up.", ""),
             ("warm-0", 0, 100, 10, "The first step of a warm-up has the rate 0.", "WarmupOffByOne"),
