@@ -118,11 +118,14 @@ def examine(
 
             port = SubprocessPort(run.subject[1:], timeout)
             run.port = port.name
-        with TensorProgress("asking", quiet=quiet or not Console(stderr=True).is_terminal) as progress:
+        quiet = quiet or not Console(stderr=True).is_terminal
+        with TensorProgress("asking", quiet=quiet) as progress:
             execute(run, port, vectors, known, progress)
         if search and run.broken is None:
             asked = {vector.operation for vector in vectors}
-            search_beyond(run, port, [name for name in OPERATIONS if name in asked], EXAMPLES)
+            operations = [name for name in OPERATIONS if name in asked]
+            with TensorProgress("searching", quiet=quiet) as progress:
+                search_beyond(run, port, operations, EXAMPLES, progress)
     except HarnessError as error:
         run.broken = str(error)
     finally:

@@ -95,8 +95,9 @@ def failures(run: Run, flags: Mapping[str, str]) -> str:
     parts = []
     for group in groups(result for result in run.results if result.bad):
         first = group.results[0]
-        looks = f"looks like {group.flag}" if group.flag else "of no known bug"
-        title = f"FAILED {group.clause}, {len(group.results)} vectors, {looks}"
+        one = len(group.results) == 1
+        looks = f"{'looks' if one else 'look'} like {group.flag}" if group.flag else "no known bug"
+        title = f"FAILED {group.clause}, {len(group.results)} {'vector' if one else 'vectors'}: {looks}"
         rows = details(run, first, flags, group.flag)
         also = [result.vector.id for result in group.results[1:]]
         if also:
@@ -129,7 +130,8 @@ def notes(run: Run) -> str:
         skipped = sum(result.vector.operation in run.not_offered for result in run.results)
         lines.append(f"not offered ({skipped} vectors): {', '.join(run.not_offered)}")
     if run.searched:
-        lines.append(f"searched beyond the vectors, seed {run.seed}: {', '.join(run.searched)}")
+        took = f"seed {run.seed}, {run.search_seconds:.1f} s"
+        lines.append(f"searched beyond the vectors ({took}): {', '.join(run.searched)}")
     lines += [f"remark: {remark}" for remark in run.remarks]
     return "".join(textwrap.fill(line, WIDTH, subsequent_indent="  ", **_WRAP) + "\n" for line in lines)
 
@@ -198,7 +200,8 @@ def run_json(run: Run) -> dict[str, Any]:
       with `expected_value` and `got_value`, `step` (the first that differs, or null) and `steps` (those
       expected there).
     - `groups`: failures by `flag` ("" for none) and `clause`, with their `ids`.
-    - `search`: `seed`, `operations` and `found`: results with `input`, `output` or `refused` besides.
+    - `search`: `seed`, `seconds`, `operations` and `found`: results with `input`, `output` and `refused`
+      besides, one of the last two null.
     """
     return {
         "specification": VERSION,
@@ -221,6 +224,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "results": [_result_json(run, result) for result in run.results if not result.found],
         "search": {
             "seed": run.seed,
+            "seconds": round(run.search_seconds, 3),
             "operations": run.searched,
             "found": [
                 _result_json(run, result)

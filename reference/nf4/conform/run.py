@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nf4.conform.compare import Difference, compare
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.port import Answer, HarnessError, Port
 from nf4.conform.vectors import Vector
 from nf4.errors import InputError
+
+if TYPE_CHECKING:
+    from nf4.conform.search import Found
 
 CONFORMS, DIFFERS, BROKEN = 0, 1, 2
 
@@ -66,7 +69,8 @@ class Run:
     remarks: list[str] = field(default_factory=list)
     searched: list[str] = field(default_factory=list)
     seed: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of the vectors
+    search_seconds: float = 0.0
     broken: str | None = None
 
     def count(self, outcome: Outcome) -> int:
@@ -161,31 +165,28 @@ def execute(
             run.stale.append(f"known failure {entry} passes{which}; remove it from the list")
 
 
-def search_beyond(run: Run, port: Port, operations: Iterable[str], examples: int) -> None:
-    """Let Hypothesis look for inputs beyond the vectors, in operations all of whose vectors passed."""
-    from nf4.conform.search import search
+def search_beyond(
+    run: Run,
+    port: Port,
+    operations: Iterable[str],
+    examples: int,
+    progress: Callable[[str, int, int], None] = lambda operation, done, total: None,
+) -> None:
+    """Let Hypothesis look for inputs beyond the vectors, in operations of which no vector failed."""
+    from nf4.conform.search import INPUTS, search
 
     start = time.monotonic()
     failing = {result.vector.operation for result in run.results if result.outcome in {"failed", "errored"}}
-    run.searched = [name for name in operations if name in port.operations and name not in failing]
+    chosen = [name for name in operations if name in port.operations & INPUTS.keys() - failing]
     try:
-        for found in search(port, run.searched, run.seed, examples):
-            vector = Vector(
-                f"search-{found.operation}",
-                found.operation,
-                OPERATIONS[found.operation].clauses,
-                (),
-                f"Found by the search with seed {run.seed}, and made as small as it could.",
-                dict(found.input),
-                dict(found.expected.output) if found.expected.kind == "output" else None,
-                found.expected.message if found.expected.kind == "refused" else None,
-                dict(found.expected.steps),
-            )
-            run.results.append(judge(vector, found.got, found=True))
+        for i, operation in enumerate(chosen):
+            progress(operation, i, len(chosen))
+            run.results += [_found(run, found) for found in search(port, [operation], run.seed, examples)]
+            run.searched.append(operation)
     except HarnessError as error:
         run.broken = f"in the search, {error}"
     finally:
-        run.seconds += time.monotonic() - start
+        run.search_seconds = time.monotonic() - start
 
 
 def judge(vector: Vector, answer: Answer, known: bool = False, found: bool = False) -> Result:
@@ -216,6 +217,23 @@ def judge(vector: Vector, answer: Answer, known: bool = False, found: bool = Fal
     ):  # a port that lost count, rather than one that breaks a clause
         return replace(base, outcome="errored", message=difference.what)
     return replace(base, outcome="failed", message=difference.what, difference=difference, looks_like=flags)
+
+
+def _found(run: Run, found: "Found") -> Result:
+    """Return what the search found as the result of a vector of its own."""
+    expected = found.expected
+    vector = Vector(
+        f"search-{found.operation}",
+        found.operation,
+        OPERATIONS[found.operation].clauses,
+        (),
+        f"Found by the search with seed {run.seed}, and made as small as it could.",
+        dict(found.input),
+        dict(expected.output) if expected.kind == "output" else None,
+        expected.message if expected.kind == "refused" else None,
+        dict(expected.steps),
+    )
+    return judge(vector, found.got, found=True)
 
 
 def _run_one(port: Port, vector: Vector, known: bool) -> Result:
