@@ -422,10 +422,11 @@ def _nonfinite() -> Iterator[tuple[str, str, NDArray[Any]]]:
 
 
 def _quantize_refused() -> Iterator[Vector]:
-    places = ((40, "in a whole block"), (65, "in the short last block"), (0, "as the first"))
+    # Whole blocks but for one, so that a port that takes no short ones refuses the number and not the length
+    places = ((40, "in the first block"), (65, "in the second block"), (0, "as the first"))
     for i, (name, dtype, value) in enumerate(_nonfinite()):
         place, where = places[i % 3]
-        x = noise(8, 70, dtype)
+        x = noise(8, 70 if name == "negative-nan" else 128, dtype)
         x[place] = value[0]
         yield make(
             "quantize",
@@ -441,7 +442,7 @@ def _quantize_refused() -> Iterator[Vector]:
         "refuse-nan-among-zeros",
         "12.1",
         "A NaN in a block of zeros.",
-        to_quantize(from_bits(0, 0, 0x7FC00000, 0), 64),
+        to_quantize(padded(from_bits(0, 0, 0x7FC00000, 0), 64), 64),
         flags="NonFiniteAccepted",
         refused="Element 2 is not a finite number.",
     )
@@ -451,7 +452,7 @@ def _quantize_refused() -> Iterator[Vector]:
             f"refuse-block-size-{'minus-64' if size < 0 else size}",
             "12.3 3.1",
             f"A block size of {size}.",
-            to_quantize(noise(9, 4), size),
+            to_quantize(noise(9, 126 if size == 63 else max(size, 64), "bfloat16"), size),
             flags="BlockSizeAccepted",
             refused="The block size is none of 32 to 4096.",
         )
@@ -461,7 +462,7 @@ def _quantize_refused() -> Iterator[Vector]:
             f"refuse-dtype-{dtype}",
             "12.2",
             f"An input of {dtype}.",
-            to_quantize(np.ones(4, DTYPES[dtype]), 64),
+            to_quantize(np.ones(64, DTYPES[dtype]), 64),
             flags="DtypeAccepted",
             refused="The dtype is none of float32, float16 and bfloat16.",
         )
@@ -639,7 +640,7 @@ def _doubly_rounded(dtype: str) -> Float32:
 
 
 def _dequantize_refused() -> Iterator[Vector]:
-    codes, absmax = np.resize(ALL_BYTES, 35), np.abs(noise(13, 3))
+    codes, absmax = np.resize(ALL_BYTES, 48), np.abs(noise(13, 3))
     for name, bits in (
         ("nan", 0x7FC00000),
         ("negative-nan", 0xFFFFFFFF),
@@ -654,15 +655,15 @@ def _dequantize_refused() -> Iterator[Vector]:
                 f"refuse-absmax-{name}-{'first' if block == 0 else 'last'}",
                 "12.5",
                 f"The absmax of block {block} of three is a {name.replace('-', ' ')}.",
-                to_decode(codes, bad, [70]),
+                to_decode(codes, bad, [96]),
                 flags="NonFiniteAccepted",
                 refused=f"The absmax of block {block} is not a finite number.",
             )
     for name, fields, what in (
-        ("codes-short", to_decode(codes[:-1], absmax, [70]), "a byte of codes too few"),
-        ("codes-long", to_decode(np.append(codes, codes[:1]), absmax, [70]), "a byte of codes too many"),
-        ("absmax-short", to_decode(codes, absmax[:2], [70]), "an absmax too few"),
-        ("absmax-long", to_decode(codes, np.append(absmax, absmax[:1]), [70]), "an absmax too many"),
+        ("codes-short", to_decode(codes[:-1], absmax, [96]), "a byte of codes too few"),
+        ("codes-long", to_decode(np.append(codes, codes[:1]), absmax, [96]), "a byte of codes too many"),
+        ("absmax-short", to_decode(codes, absmax[:2], [96]), "an absmax too few"),
+        ("absmax-long", to_decode(codes, np.append(absmax, absmax[:1]), [96]), "an absmax too many"),
         ("codes-of-nothing", to_decode(codes[:1], absmax[:0], [0]), "a byte of codes for no element"),
         ("absmax-of-nothing", to_decode(codes[:0], absmax[:1], [2, 0]), "an absmax for no element"),
     ):
@@ -676,13 +677,13 @@ def _dequantize_refused() -> Iterator[Vector]:
             refused=f"There is {what}.",
         )
     for size in (0, 16, 96, 8192):
-        blocks = block_count(70, size) if size else 3
+        blocks = block_count(96, size) if size else 3
         yield make(
             "dequantize",
             f"refuse-decode-block-size-{size}",
             "12.3",
             f"A block size of {size}.",
-            to_decode(codes, np.ones(blocks, np.float32), [70], block_size=size),
+            to_decode(codes, np.ones(blocks, np.float32), [96], block_size=size),
             flags="BlockSizeAccepted",
             refused="The block size is none of 32 to 4096.",
         )
@@ -692,7 +693,7 @@ def _dequantize_refused() -> Iterator[Vector]:
             f"refuse-decode-dtype-{dtype}",
             "12.2",
             f"An output of {dtype}.",
-            to_decode(codes, absmax, [70], dtype),
+            to_decode(codes, absmax, [96], dtype),
             flags="DtypeAccepted",
             refused="The dtype is none of float32, float16 and bfloat16.",
         )
