@@ -146,13 +146,14 @@ def report(run: Run, sentences: dict[str, str], page: Path | None, as_json: bool
     text = failures(run, sentences)
     if text:
         click.echo(text)
-    if run.results:
+    asked = [r for r in run.results if not r.found and r.vector.operation not in run.not_offered]
+    if asked:
         table = Table(show_edge=False)
         table.add_column("clause")
         table.add_column("")
         for outcome in OUTCOMES:
             table.add_column(outcome, justify="right")
-        for name, counts in tally(result for result in run.results if not result.found).items():
+        for name, counts in tally(asked).items():
             cells = (str(counts[outcome] or "") for outcome in OUTCOMES)
             table.add_row(name, clause(name).title, *cells)
         Console().print(table)

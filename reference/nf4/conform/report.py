@@ -76,7 +76,10 @@ def tally(results: Iterable[Result]) -> dict[str, dict[str, int]]:
 
 def verdict(run: Run) -> str:
     """Return the last line: whether the port conforms, or that the harness is broken."""
-    counts = ", ".join(f"{run.count(outcome)} {outcome}" for outcome in OUTCOMES if run.count(outcome))
+    numbers = {outcome: run.count(outcome) for outcome in OUTCOMES}
+    absent = sum(result.vector.operation in run.not_offered for result in run.results)
+    numbers["skipped"] -= absent
+    counts = ", ".join(f"{n} {name}" for name, n in (numbers | {"not offered": absent}).items() if n)
     found = sum(result.found and result.bad for result in run.results)
     counts += f"; the search found {found} more" if found else ""
     known = sum(result.known for result in run.results if result.outcome in {"failed", "errored"})
