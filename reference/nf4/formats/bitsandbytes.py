@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4.blockwise import check_block_size
+from nf4.blockwise import BLOCK_SIZES, check_block_size
 from nf4.codebooks import CODEBOOKS, Codebook
 from nf4.errors import InputError
 from nf4.floats import DTYPES
@@ -68,12 +68,14 @@ class QuantState:
         shape = fields["shape"]
         if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**48 for size in shape):
             raise InputError(f"{where}: shape {shape!r} isn't a list of integers from 0 to 2^48 - 1")
-        for key in ("blocksize", "nested_blocksize")[: 1 + nested]:
-            size = fields[key]
-            if type(size) is not int or not 32 <= size <= 4096 or size & (size - 1):
-                raise InputError(f"{where}: {key} {size!r} isn't a power of two from 32 to 4096")
+        size = fields["blocksize"]
+        if type(size) is not int or size not in BLOCK_SIZES:
+            raise InputError(f"{where}: blocksize {size!r} isn't one of {', '.join(map(str, BLOCK_SIZES))}")
         offset = None
         if nested:
+            size = fields["nested_blocksize"]
+            if type(size) is not int or size != NESTED_BLOCK_SIZE:
+                raise InputError(f"{where}: nested_blocksize {size!r} isn't {NESTED_BLOCK_SIZE}")
             if fields["nested_dtype"] != "float32":
                 raise InputError(f"{where}: nested_dtype {fields['nested_dtype']!r} isn't float32")
             value = fields["nested_offset"]
@@ -283,8 +285,8 @@ def save_tensor(q: QuantizedTensor, path: str | Path, name: str = "weight") -> N
     tensors = weight_tensors(name, q)
     specs = {name: TensorSpec(value.dtype, value.shape) for name, value in tensors.items()}
     with SafetensorsWriter(path, specs) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value)
+        for part, value in tensors.items():
+            writer.write(part, value)
 
 
 def load_tensor(path: str | Path) -> QuantizedTensor:

@@ -556,6 +556,7 @@ class Plain(PlainCodec):
             lost = np.log(norms[:, 0].astype(np.float64)) - shifted[at]
             total = np.sum((share * lost)[learned])
             gradient = powers / norms
+        self.check_finite("loss", np.array([total]))
         gradient[at] -= 1
         dlogits = np.where(learned[:, None], share[:, None] * gradient, 0)
         return {"loss": np.array([total]), "dlogits": dlogits.astype(np.float32)}

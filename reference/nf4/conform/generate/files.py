@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -271,6 +271,7 @@ def _damaged_containers() -> Iterator[Vector]:
             "Sizes beyond every address beside a 0.",
             "ShapeUnchecked",
         ),
+        "shape-long": (_pack(entry(shape=[8] + [1] * 32), data), "A shape of 33 sizes.", "ShapeUnchecked"),
         "offsets-short": (
             _pack(entry(data_offsets=[begin, end - 1]), data),
             "Offsets of a byte too few.",
@@ -423,6 +424,11 @@ def _damaged_weights() -> Iterator[Vector]:
         "shape-text": (state(shape="[3, 5]"), "A shape that is text.", keys),
         "blocksize-48": (state(blocksize=48), "A block size nobody has.", keys),
         "blocksize-fraction": (state(blocksize=32.0), "A block size that is not an integer.", keys),
+        "nested-blocksize": (
+            state(nested, nested_blocksize=64),
+            "A nested block size that is not 256.",
+            keys,
+        ),
         "nested-dtype": (state(nested, nested_dtype="float16"), "A nested dtype that is not float32.", keys),
         "offset-large": (
             _state(nested, lambda fields: _with_offset(fields, b"1e39")),
@@ -684,8 +690,15 @@ GGUF_NAMES = {
 }
 
 
-def _gguf(arch: str, tensors: Mapping[str, Array]) -> bytes:
-    """A GGUF file, version 3, of float32 and float16 tensors under GGUF's names."""
+def _gguf(
+    arch: str,
+    tensors: Iterable[tuple[str, Array]],
+    *,
+    version: int = 3,
+    keys: Iterable[str] = (),
+    overlap: int = 0,
+) -> bytes:
+    """A GGUF file of float32 and float16 tensors under GGUF's names; keys are given once more."""
 
     def text(value: str) -> bytes:
         return struct.pack("<Q", len(value.encode())) + value.encode()
@@ -701,16 +714,17 @@ def _gguf(arch: str, tensors: Mapping[str, Array]) -> bytes:
     }
     reals = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e8}
     fields = [text("general.architecture") + struct.pack("<I", 8) + text(arch)]
-    fields += [text(f"{arch}.{key}") + struct.pack("<II", 4, value) for key, value in counts.items()]
+    fields += [text(f"{arch}.{key}") + struct.pack("<II", 4, counts[key]) for key in (*counts, *keys)]
     fields += [text(f"{arch}.{key}") + struct.pack("<If", 6, value) for key, value in reals.items()]
-    infos, data = b"", b""
-    for name, value in tensors.items():
+    infos, data, count = b"", b"", 0
+    for name, value in tensors:
         data += bytes(-len(data) % 32)
         kind = {"float32": 0, "float16": 1}[value.dtype.name]
         infos += text(name) + struct.pack(f"<I{value.ndim}Q", value.ndim, *reversed(value.shape))
-        infos += struct.pack("<IQ", kind, len(data))
+        infos += struct.pack("<IQ", kind, max(len(data) - overlap, 0))
         data += value.tobytes()
-    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields)) + b"".join(fields) + infos
+        count += 1
+    head = b"GGUF" + struct.pack("<IQQ", version, count, len(fields)) + b"".join(fields) + infos
     return head + bytes(-len(head) % 32) + data
 
 
@@ -729,39 +743,61 @@ def _read_gguf() -> Iterator[Vector]:
         )
         for theirs, ours in GGUF_NAMES.items()
     }
-    llama = _gguf("llama", stored)
+    llama = _gguf("llama", stored.items())
     yield read(
         "llama", llama, "The rows of q and k are put back into halves; the head is tied.", "RopeInterleaved"
     )
     head = numbers("gguf.head", 3, 4, dtype="float16")
     yield read(
-        "head", _gguf("llama", {**stored, "output.weight": head}), "A head of its own.", "RopeInterleaved"
+        "head",
+        _gguf("llama", {**stored, "output.weight": head}.items()),
+        "A head of its own.",
+        "RopeInterleaved",
     )
     biases = {f"blk.0.attn_{q}.bias": numbers(f"gguf.{q}", n) for q, n in (("q", 8), ("k", 4), ("v", 4))}
     yield read(
         "qwen2",
-        _gguf("qwen2", {**stored, **biases}),
+        _gguf("qwen2", {**stored, **biases}.items()),
         "The rows of qwen2 are not interleaved.",
         "RopeInterleaved",
     )
     scaled = np.array([1.0, 8.0], np.float32)  # waves of 2 pi and 2 pi 10^4 positions, of 8192
     yield read(
         "rope-freqs",
-        _gguf("llama", {**stored, "rope_freqs.weight": scaled}),
+        _gguf("llama", {**stored, "rope_freqs.weight": scaled}.items()),
         "rope_freqs of llama3 scaling by 8.",
         "",
     )
     other = np.array([2.0, 3.5], np.float32)
     yield refuse(
         "rope-freqs-other",
-        _gguf("llama", {**stored, "rope_freqs.weight": other}),
+        _gguf("llama", {**stored, "rope_freqs.weight": other}.items()),
         "rope_freqs of no llama3 scaling.",
         "RopeFreqsDropped",
     )
-    yield refuse("architecture", _gguf("gemma", stored), "An architecture that is none of the three.", "")
+    yield refuse(
+        "architecture", _gguf("gemma", stored.items()), "An architecture that is none of the three.", ""
+    )
     yield refuse("cut", llama[:-40], "A file that ends within a tensor.", "OffsetsUnchecked")
     lacking = {name: value for name, value in stored.items() if "ffn_up" not in name}
-    yield refuse("weight-missing", _gguf("llama", lacking), "A weight is missing.", "WeightMissing")
+    yield refuse("weight-missing", _gguf("llama", lacking.items()), "A weight is missing.", "WeightMissing")
+    norm = ("output_norm.weight", stored["output_norm.weight"])
+    two = (norm, ("token_embd.weight", stored["token_embd.weight"]))
+    for slug, file, comment, flag in (
+        ("version", _gguf("llama", two, version=1), "Version 1.", ""),
+        ("magic", llama.replace(b"GGUF", b"GGML", 1), "Not a GGUF file.", ""),
+        ("key-twice", _gguf("llama", two, keys=["block_count"]), "A key twice.", "DuplicateKeys"),
+        ("tensor-twice", _gguf("llama", (norm, norm)), "A tensor twice.", "DuplicateKeys"),
+        (
+            "tensor-unknown",
+            _gguf("llama", (*two, ("blk.0.ffn_gate_inp.weight", norm[1]))),
+            "A tensor of a mixture.",
+            "",
+        ),
+        ("overlap", _gguf("llama", two, overlap=16), "Tensors that overlap.", "OverlapAccepted"),
+        ("header-cut", llama[:200], "A file that ends within its header.", "HeaderUnchecked"),
+    ):
+        yield refuse(slug, file, comment, flag)
 
 
 def _quantize_model() -> Iterator[Vector]:

@@ -197,7 +197,7 @@ def _forward() -> Iterator[Vector]:
             steps=layer.steps,
         )
 
-    yield forward("plain", "9.1 9.2", "Rank 4, alpha 8, a weight that was float32.", layout)
+    yield forward("plain", "9.1 9.2 1.8", "Rank 4, alpha 8, a weight that was float32.", layout)
     yield forward(
         "square",
         "9.1 9.2",
@@ -293,6 +293,7 @@ def _forward() -> Iterator[Vector]:
     plain = _Layer("forward-refused").fields
     for slug, change, why in (
         ("dropout", {"dropout": np.array([1.0])}, "p is 1."),
+        ("alpha", {"alpha": np.array([math.inf])}, "alpha is infinite."),
         ("rank", {"rank": 0, "A": plain["A"][:0], "B": plain["B"][:, :0]}, "The rank is 0."),
         (
             "float16-adapter",

@@ -125,7 +125,7 @@ def _adamw() -> Iterator[Vector]:
         updates=3,
         shape=[2, 2, 2],
     )
-    yield update("late", "10.3 10.4", "Update 1001.", every, updates=1000)
+    yield update("late", "10.3 10.4 1.6", "Update 1001.", every, updates=1000)
     yield update(
         "running-product",
         "10.3",
@@ -520,15 +520,21 @@ def _loss() -> Iterator[Vector]:
         [0, 0],
         [2],
     )
-    yield loss(
-        "no-target",
-        "A step without a target has no loss.",
-        "IgnoredCounted",
-        logits[:2],
-        [-100, -100],
-        [2],
-        refused="No token is a target.",
-    )
+    broken = logits[:2].copy()
+    broken[1, 3] = math.nan
+    for slug, x, targets in (
+        ("nan", broken, [0, 1]),
+        ("outside", logits[:2], [0, 5]),
+        ("negative", logits[:2], [0, -1]),
+        ("no-target", logits[:2], [-100, -100]),
+    ):
+        flags, why = {
+            "nan": ("NonFiniteAccepted", "The loss is NaN."),
+            "outside": ("", "A target is not in the vocabulary."),
+            "negative": ("", "A target below 0 that is not -100."),
+            "no-target": ("IgnoredCounted", "No token is a target: the step has no loss."),
+        }[slug]
+        yield loss(slug, why, flags, x, targets, [2], refused=why)
 
 
 def _init_matrix() -> Iterator[Vector]:

@@ -148,6 +148,8 @@ def loss(logits: NDArray[np.float32], vocabulary: int, targets: list[int], parts
         gradient = rows[learned]
         total += cross_entropy(gradient, wanted[learned], 1.0 / count)
         dlogits[learned] = gradient
+    if not math.isfinite(total):
+        raise InputError(f"the loss is {total}; the run has diverged")
     return {"loss": np.array([total / count]), "dlogits": dlogits}
 
 
@@ -222,6 +224,8 @@ def _linear(
     if len(lengths) != len(samples):
         raise InputError(f"{len(lengths)} lengths of sequences and {len(samples)} samples")
     random.drop_threshold(_one(dropout))
+    if not math.isfinite(_one(alpha)):
+        raise InputError(f"alpha is {_one(alpha)}; it must be a finite number")
     if quantized is None:
         assert codes is not None
         assert absmax is not None
