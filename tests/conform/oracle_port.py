@@ -239,8 +239,9 @@ def held_out(i: Values) -> Values:
 
 
 def loss(i: Values) -> Values:
-    logits = matrix(bits_of(i["logits"], "float32"), "float32", i["vocabulary"])
-    total, gradient = oracle.loss(logits, i["targets"])
+    bits = bits_of(i["logits"], "float32")
+    oracle.check_finite("logit", bits)
+    total, gradient = oracle.loss(matrix(bits, "float32", i["vocabulary"]), i["targets"])
     return {"loss": float64_bits(total), "dlogits": flat(gradient)}
 
 

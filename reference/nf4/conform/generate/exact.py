@@ -76,7 +76,7 @@ def cross_entropy(logits: Float64, targets: list[int]) -> tuple[float, Float64]:
                 continue
             top = Decimal(float(logits[row].max()))
             powers = [(Decimal(float(x)) - top).exp() for x in logits[row]]
-            both = sum(powers)
+            both = sum(powers, Decimal(0))
             total += both.ln() + top - Decimal(float(logits[row, target]))
             for column, power in enumerate(powers):
                 gradient[row, column] = float((power / both - (column == target)) / count)

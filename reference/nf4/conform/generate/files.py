@@ -182,7 +182,7 @@ def _read_tensor() -> Iterator[Vector]:
         ("exponent", b"12.5E-2"),
         ("negative", b"-0.01"),
     ):
-        offset = _state(nested, lambda fields, value=value: _with_offset(fields, value))
+        offset = {**nested, STATE: _text(_with_offset(json.loads(nested[STATE].tobytes()), value))}
         yield read(f"offset-{slug}", _file(offset), f"nested_offset as {value.decode()}.", "OffsetOmitted")
 
 

@@ -271,7 +271,8 @@ def _targets(targets: NDArray[np.int64], vocabulary: int) -> int:
 def _dtype(name: str) -> np.dtype[Any]:
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is not supported; choose one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    kind: np.dtype[Any] = DTYPES[name]
+    return kind
 
 
 def _one(value: Scalar) -> Any:
