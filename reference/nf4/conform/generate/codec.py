@@ -431,7 +431,7 @@ def _quantize_refused() -> Iterator[Vector]:
         yield make(
             "quantize",
             f"refuse-{name}",
-            "12.1",
+            "12.1 1.7",
             f"One {name.replace('-', ' ')} {where}.",
             to_quantize(x, 64),
             flags="NonFiniteAccepted",

@@ -120,9 +120,10 @@ def _vectors() -> Schema:
         optional=("output", "refused", "steps", "tolerance"),
     )
     # Exactly one of the two, and what is refused has no values on the way
+    valued = ("output", "steps", "tolerance")
     answered = [
-        {"required": ["output"]},
-        {"required": ["refused"], "not": {"anyOf": [{"required": ["steps"]}, {"required": ["tolerance"]}]}},
+        {"required": ["output"], "not": {"required": ["refused"]}},
+        {"required": ["refused"], "not": {"anyOf": [{"required": [name]} for name in valued]}},
     ]
     file = _object(
         {
