@@ -25,7 +25,6 @@ refused; no answer of its form (it died, hung, raised, or gave another length); 
 
 # Outputs are compared in the order in which they are computed: these clauses are about the first one alone.
 _SHOWN_BY = {"NF4-3.2": "absmax", "NF4-6.1": "offset"}
-_PLURALS = {"differs": "differ"}
 
 
 @dataclass(frozen=True)
@@ -117,16 +116,15 @@ def by_clause(score: Score) -> dict[str, Counter[str]]:
         for id in result.vector.clauses:
             agreed = wrong and id in _SHOWN_BY and wrong != _SHOWN_BY[id]
             found.setdefault(id, Counter())["conforms" if agreed else verdict(result)] += 1
-    order = {id: i for i, id in enumerate(clauses())}
-    return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+    return {id: found[id] for id in sorted(found, key=_place)}
 
 
-def looks_like(score: Score) -> Counter[str]:
-    """Return how many differing vectors look like which bug; "none of the flags" counts the rest."""
+def looks_like(score: Score, clause: str | None = None) -> Counter[str]:
+    """Return how many differing vectors, all or those of a clause, look like which bug."""
     found: Counter[str] = Counter()
     for result in score.run.results if score.run else []:
-        if verdict(result) == "differs":
-            found.update(result.looks_like or ["none of the flags"])
+        if verdict(result) == "differs" and clause in {None, *result.vector.clauses}:
+            found.update(result.looks_like)
     return found
 
 
@@ -142,28 +140,15 @@ def as_json(scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def markdown(scores: Sequence[Score]) -> str:
-    """Return the board as Markdown: by clause, by library, and what is not installed."""
+    """Return the board as Markdown: clauses by library, those with NF4 first; libraries; what is missing."""
     about = describe([])
     machine = about["machine"]
     ran = [score for score in scores if score.run is not None]
-    counts = {score.entry.name: by_clause(score) for score in ran}
-    asked = {
-        id: None
-        for count in counts.values()
-        for id, verdicts in count.items()
-        if verdicts.total() > verdicts["not offered"]
-    }
-    order = list(clauses())
-    rows = sorted(asked, key=lambda id: order.index(id) if id in order else len(order))
     lines = [
-        f"{about['date'][:10]}, {machine['cpu']}, {machine['system']}, Python {about['versions']['python']}.",
-        "",
-        "| clause | " + " | ".join(score.entry.title for score in ran) + " |",
-        "|---|" + "---|" * len(ran),
+        f"{about['date'][:10]}, {machine['cpu']}, {machine['system']}, Python {about['versions']['python']}."
     ]
-    for id in rows:
-        cells = [_cell(counts[score.entry.name].get(id, Counter())) for score in ran]
-        lines.append(f"| {id} {clause(id).title} | " + " | ".join(cells) + " |")
+    for with_nf4 in (True, False):
+        lines += _table([score for score in ran if _has_nf4(score) == with_nf4])
     lines += ["", "| library | versions | vectors | differences look like |", "|---|---|---|---|"]
     lines += [_summary(score) for score in ran]
     absent = [score.entry for score in scores if score.run is None]
@@ -172,14 +157,49 @@ def markdown(scores: Sequence[Score]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(verdicts: Counter[str]) -> str:
+def _place(id: str) -> int:
+    """Where a clause stands in the text; one that it does not have comes last."""
+    order = list(clauses())
+    return order.index(id) if id in order else len(order)
+
+
+def _has_nf4(score: Score) -> bool:
+    assert score.run is not None
+    return bool({"quantize", "dequantize"} & set(score.run.offered))
+
+
+def _table(scores: Sequence[Score]) -> list[str]:
+    """A row for each clause that one of these libraries was asked about."""
+    counts = [by_clause(score) for score in scores]
+    asked = {
+        id for count in counts for id, verdicts in count.items() if verdicts.total() > verdicts["not offered"]
+    }
+    if not asked:
+        return []
+    lines = [
+        "",
+        "| clause | " + " | ".join(score.entry.title for score in scores) + " |",
+        "|---|" + "---|" * len(scores),
+    ]
+    for id in sorted(asked, key=_place):
+        cells = [
+            _cell(count.get(id, Counter()), looks_like(score, id))
+            for score, count in zip(scores, counts, strict=True)
+        ]
+        lines.append(f"| {id} {clause(id).title} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(verdicts: Counter[str], bugs: Counter[str]) -> str:
     asked = verdicts.total() - verdicts["not offered"]
     if not asked:
         return ""
-    if verdicts["conforms"] == asked:
-        return f"conforms ({asked})"
-    parts = [f"{verdicts[name]} {_PLURALS.get(name, name)}" for name in VERDICTS[1:-1] if verdicts[name]]
-    return f"{', '.join(parts)} of {asked}"
+    parts = []
+    for name in VERDICTS[1:-1]:
+        if verdicts[name]:
+            flag = bugs.most_common(1)[0][0] if name == "differs" and bugs else ""
+            parts.append(f"{verdicts[name]}/{asked} {name}" + f": {flag}" * bool(flag))
+    return "; ".join(parts) or f"conforms ({asked})"
 
 
 def _summary(score: Score) -> str:
@@ -188,7 +208,7 @@ def _summary(score: Score) -> str:
     numbers = ", ".join(f"{total[name]} {name}" for name in VERDICTS if total[name])
     if score.run.broken is not None:
         numbers = f"{numbers}; stopped: {score.run.broken}" if numbers else score.run.broken
-    flags = ", ".join(f"{flag} ({count})" for flag, count in looks_like(score).most_common())
+    flags = ", ".join(f"{flag} ({count})" for flag, count in looks_like(score).most_common(4))
     installed = ", ".join(f"{name} {version}" for name, version in (score.entry.versions or {}).items())
     return f"| {score.entry.title} | {installed} | {numbers} | {flags} |".replace("\n", " ")
 
