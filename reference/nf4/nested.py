@@ -171,11 +171,11 @@ def encode_nested(absmax: NDArray[np.float32]) -> NestedAbsmax:
     map_chunks(work, absmax.size, _CHUNK)
     nested = NestedAbsmax(codes, absmax2, offset, DYNAMIC_MAP)
     if float(absmax2.max(initial=0)) + float(offset) > _LARGEST:  # the map is at most 1: others are safe
-        block = _first_nonfinite(_decode(nested))
-        if block is not None:
+        infinite = _first_nonfinite(_decode(nested))
+        if infinite is not None:
             raise InputError(
-                f"cannot double-quantize: the absmax of block {block}, {absmax[block]}, would decode to an "
-                "infinity; scale the tensor down, or quantize it without double quantization"
+                f"cannot double-quantize: the absmax of block {infinite}, {absmax[infinite]}, would decode to "
+                "an infinity; scale the tensor down, or quantize it without double quantization"
             )
     return nested
 
