@@ -174,8 +174,8 @@ def encode_nested(absmax: NDArray[np.float32]) -> NestedAbsmax:
         infinite = _first_nonfinite(_decode(nested))
         if infinite is not None:
             raise InputError(
-                f"cannot double-quantize: the absmax of block {infinite}, {absmax[infinite]}, would decode to "
-                "an infinity; scale the tensor down, or quantize it without double quantization"
+                f"cannot double-quantize: the absmax of block {infinite}, {absmax[infinite]}, would decode "
+                "to an infinity; scale the tensor down, or quantize it without double quantization"
             )
     return nested
 
