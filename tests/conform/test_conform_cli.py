@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from nf4.cli import main
+from nf4.conform.bugs import BUGS
+from nf4.conform.python_port import PythonPort
 from nf4.conform.report import groups
 from nf4.conform.run import Result as Outcome
+from nf4.conform.run import Run, execute
 from nf4.conform.vectors import Vector, canonical, canonical_flags, load
 
 REFERENCE = ("--python", "nf4.conform.reference", "--no-search")
@@ -356,6 +359,13 @@ def test_hundreds_of_failures_are_grouped_by_bug_and_clause() -> None:
         ("Order", "NF4-3.5", 1),
         ("", "NF4-3.1", 2),
     ]
+
+
+@pytest.mark.parametrize("flag", ["TailDivision", "ThresholdTop", "ScheduleZeroSpan", "DtypeAccepted"])
+def test_the_bug_is_named_though_others_would_explain_the_same_failures(flag: str) -> None:
+    run = Run(flag, ("--python", flag))
+    execute(run, PythonPort(BUGS[flag], flag), load(), {})
+    assert {group.flag for group in groups(run.results)} == {flag}
 
 
 @pytest.mark.usefixtures("modules")

@@ -42,8 +42,8 @@ def groups(results: Iterable[Result]) -> list[Group]:
     left = [result for result in results if result.outcome == "failed"]
     by_flag: dict[str, list[Result]] = {}
     while counts := Counter(flag for result in left for flag in result.looks_like):
-        most = max(counts.values())
-        flag = min(name for name in counts if counts[name] == most)
+        likeliest = Counter(result.looks_like[0] for result in left if result.looks_like)
+        flag = min(counts, key=lambda name: (-counts[name], -likeliest[name], name))
         by_flag[flag] = [result for result in left if flag in result.looks_like]
         left = [result for result in left if flag not in result.looks_like]
     if left:
@@ -160,7 +160,7 @@ def details(run: Run, result: Result, flags: Mapping[str, str], flag: str = "") 
         rows += _steps(difference)
     looks = sorted(result.looks_like, key=lambda name: name != flag)
     for name in looks[:1]:
-        others = f" (or {', '.join(looks[1:])})" if looks[1:] else ""
+        others = f" (also {', '.join(looks[1:])})" if looks[1:] else ""
         rows.append(("looks like", f"{name}{others}: {flags.get(name, '')}"))
     rows.append(("rerun", rerun(run, result)))
     return rows

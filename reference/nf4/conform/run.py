@@ -36,15 +36,16 @@ class Result:
     """What a port made of one vector.
 
     failed: it breaks a clause, as difference says. errored: it gave no answer that could be compared, as
-    message says, and no clause is blamed. skipped: message has the port's reason. looks_like: the flags whose
-    bug gives exactly this answer. known: it may fail or err, by the list of known failures. found: the
-    search made this vector; it is not of the files.
+    message says, and no clause is blamed. skipped: message has the port's reason. answer: what it gave, where
+    it failed. looks_like: the flags whose bug gives exactly this answer, the likeliest first. known: it may
+    fail or err, by the list of known failures. found: the search made this vector; it is not of the files.
     """
 
     vector: Vector
     outcome: Outcome
     message: str = ""
     difference: Difference | None = None
+    answer: Answer | None = None
     looks_like: tuple[str, ...] = ()
     known: bool = False
     found: bool = False
@@ -150,6 +151,7 @@ def execute(
         for i, vector in enumerate(vectors):
             progress(vector.id, i, len(vectors))
             run.results.append(_run_one(port, vector, vector.id in excused))
+        run.results = _likeliest_first(run.results)
         if not any(result.outcome != "skipped" for result in run.results):
             reasons = Counter(result.message for result in run.results)
             run.broken = f"nothing was run: {_list(list(reasons)) or 'there are no vectors'}"
@@ -207,16 +209,45 @@ def judge(vector: Vector, answer: Answer, known: bool = False, found: bool = Fal
         return replace(base, outcome="errored", message=f"its output has not the form of NF4-13.3: {error}")
     if difference is None:
         return base
-    flags: tuple[str, ...] = ()
-    if answer.kind == "output":
-        from nf4.conform.diagnose import looks_like
+    from nf4.conform.diagnose import looks_like
 
-        flags = tuple(looks_like(vector.operation, vector.input, dict(answer.output)))
-    if (
-        difference.kind == "length" and not flags
-    ):  # a port that lost count, rather than one that breaks a clause
+    output = dict(answer.output) if answer.kind == "output" else None
+    flags = tuple(looks_like(vector.operation, vector.input, output))
+    if difference.kind == "length" and not flags:
+        # It lost count; that says nothing about a clause, unless a known bug does just that.
         return replace(base, outcome="errored", message=difference.what)
-    return replace(base, outcome="failed", message=difference.what, difference=difference, looks_like=flags)
+    return replace(
+        base,
+        outcome="failed",
+        message=difference.what,
+        difference=difference,
+        answer=answer,
+        looks_like=flags,
+    )
+
+
+def _likeliest_first(results: Sequence[Result]) -> list[Result]:
+    """Return the results with their flags in order: first the bug that contradicts the fewest passed."""
+    from nf4.conform.diagnose import explain
+
+    passed: dict[str, list[tuple[str, dict[str, object]]]] = {}
+    for result in results:
+        if result.outcome == "passed":
+            vector = result.vector
+            passed.setdefault(vector.operation, []).append((vector.operation, vector.input))
+    orders: dict[tuple[str, tuple[str, ...]], tuple[str, ...]] = {}
+    ordered = []
+    for result in results:
+        key = (result.vector.operation, result.looks_like)
+        if len(result.looks_like) > 1 and result.answer is not None:
+            if key not in orders:
+                output = result.answer.output if result.answer.kind == "output" else None
+                failure = (result.vector.operation, result.vector.input, output)
+                orders[key] = tuple(flag for flag, _ in explain([failure], passed.get(key[0], [])))
+            ordered.append(replace(result, looks_like=orders[key]))
+        else:
+            ordered.append(result)
+    return ordered
 
 
 def _found(run: Run, found: "Found") -> Result:
