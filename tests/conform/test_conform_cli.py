@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from nf4.cli import main
 from nf4.conform.bugs import BUGS
 from nf4.conform.python_port import PythonPort
-from nf4.conform.report import groups
+from nf4.conform.report import failures, groups
 from nf4.conform.run import Result as Outcome
 from nf4.conform.run import Run, execute
 from nf4.conform.vectors import Vector, canonical, canonical_flags, load
@@ -170,6 +170,8 @@ def test_a_failure_says_everything_and_runs_again() -> None:
     words = " ".join(text.split())
     for said in (
         "vector nf4-thresholds",
+        "FAILED NF4-3.5, 1 vector: looks like TieRule",
+        "clause NF4-3.5 Code: The rank of s is the number of thresholds strictly below s;",
         "NF4-2.2 Order and thresholds: The different values v(0) < v(1)",
         "NF4-3.5 Code: The rank of s is the number of thresholds strictly below s;",
         "flags NearestSearch, TieRule",
@@ -343,22 +345,30 @@ def test_the_search_goes_beyond_the_vectors(modules: Path) -> None:
     assert "search-decode_absmax" in conform(*arguments, "--seed", 1, exit_code=1).stdout
 
 
-def result(id: str, clause: str, *flags: str) -> Outcome:
-    vector = Vector(id, "storage", (clause,), (), "A count.", {}, {})
-    return Outcome(vector, "failed", looks_like=flags)
+def result(id: str, clause: str, *looks_like: str, flags: tuple[str, ...] = ()) -> Outcome:
+    given = {"elements": 1, "block_size": 64, "double_quant": False}
+    vector = Vector(id, "storage", (clause,), flags, "A count.", given, {"bytes": 5})
+    return Outcome(vector, "failed", looks_like=looks_like)
 
 
 def test_hundreds_of_failures_are_grouped_by_bug_and_clause() -> None:
-    results = [result(f"a{i}", "NF4-3.5", "TieRule", "Search") for i in range(300)]
-    results += [result(f"b{i}", "NF4-2.2", "Search", "Order") for i in range(5)]
-    results += [result("c", "NF4-3.5", "Order"), result("d", "NF4-3.1"), result("e", "NF4-3.1")]
-    found = [(group.flag, group.clause, len(group.results)) for group in groups(results)]
+    results = [result(f"a{i}", "NF4-3.5", "TieRule", "NibbleOrder") for i in range(300)]
+    results += [result(f"b{i}", "NF4-2.2", "NibbleOrder", "Unheard") for i in range(5)]
+    results += [result("n", "NF4-5.1", "NibbleOrder", flags=("NibbleOrder",))]
+    results += [result("c", "NF4-3.5", "Unheard"), result("d", "NF4-3.1"), result("e", "NF4-3.1")]
+    found = [(g.flag, g.clause, len(g.results), g.results[0].vector.id) for g in groups(results)]
     assert found == [
-        ("Search", "NF4-3.5", 300),  # it explains more than TieRule does
-        ("Search", "NF4-2.2", 5),
-        ("Order", "NF4-3.5", 1),
-        ("", "NF4-3.1", 2),
+        ("NibbleOrder", "NF4-5.1", 306, "n"),  # it explains more than TieRule does
+        ("Unheard", "NF4-3.5", 1, "c"),
+        ("", "NF4-3.1", 2, "d"),
     ]
+    run = Run("it", ("--", "it"), results=results)
+    text = failures(run, {"NibbleOrder": "The first element of a byte is in its low bits."})
+    assert len(text.splitlines()) < 80
+    assert "FAILED NF4-5.1, 306 vectors: look like NibbleOrder" in text
+    words = " ".join(text.split())
+    assert "also NF4-3.5: a0, a1," in words
+    assert "NF4-2.2: b0, b1, b2, b3, b4" in words
 
 
 @pytest.mark.parametrize("flag", ["TailDivision", "ThresholdTop", "ScheduleZeroSpan", "DtypeAccepted"])

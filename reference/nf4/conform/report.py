@@ -1,11 +1,13 @@
 """A run for people and programs: as text, as one JSON object, as a page of HTML."""
 
 import html
+import re
 import shlex
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,10 @@ _WHOLE = 8  # elements of an array that is shown whole
 
 @dataclass(frozen=True)
 class Group:
-    """Failures that look alike: the flag of their bug ("": none is known) and their vectors' first clause."""
+    """Failures that look like one bug (flag) or, where none is known (""), have their first clause in common.
+
+    clause: the one that the bug breaks. Vectors that carry the flag, and test the clause, come first.
+    """
 
     flag: str
     clause: str
@@ -35,25 +40,36 @@ class Group:
 
 
 def groups(results: Iterable[Result]) -> list[Group]:
-    """Return the failed results by diagnosed bug and clause, the largest bug first.
+    """Return the failed results by diagnosed bug, the one that explains most first, the rest by clause.
 
     One answer may look like several bugs: it counts for the one that explains most of the others.
     """
     left = [result for result in results if result.outcome == "failed"]
-    by_flag: dict[str, list[Result]] = {}
+    found = []
     while counts := Counter(flag for result in left for flag in result.looks_like):
         likeliest = Counter(result.looks_like[0] for result in left if result.looks_like)
         flag = min(counts, key=lambda name: (-counts[name], -likeliest[name], name))
-        by_flag[flag] = [result for result in left if flag in result.looks_like]
+        mine = [result for result in left if flag in result.looks_like]
+        name = broken_by(flag) or mine[0].vector.clauses[0]
+        mine.sort(key=lambda r: (flag not in r.vector.flags, name not in r.vector.clauses))
+        found.append(Group(flag, name, mine))
         left = [result for result in left if flag not in result.looks_like]
-    if left:
-        by_flag[""] = left
-    found = []
-    for flag, mine in by_flag.items():
-        by_clause: dict[str, list[Result]] = {}
-        for result in mine:
-            by_clause.setdefault(result.vector.clauses[0], []).append(result)
-        found += [Group(flag, name, some) for name, some in by_clause.items()]
+    return found + [Group("", name, mine) for name, mine in _by_clause(left).items()]
+
+
+@cache
+def broken_by(flag: str) -> str | None:
+    """Return the clause that a bug breaks: the one its wrong port's docstring names, if there is one."""
+    from nf4.conform.bugs import BUGS
+
+    cited = re.search(r"NF4-\d+\.\d+", type(BUGS.get(flag)).__doc__ or "")
+    return cited[0] if cited else None
+
+
+def _by_clause(results: Iterable[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.vector.clauses[0], []).append(result)
     return found
 
 
@@ -101,10 +117,9 @@ def failures(run: Run, flags: Mapping[str, str]) -> str:
         one = len(group.results) == 1
         looks = f"{'looks' if one else 'look'} like {group.flag}" if group.flag else "no known bug"
         title = f"FAILED {group.clause}, {len(group.results)} {'vector' if one else 'vectors'}: {looks}"
-        rows = details(run, first, flags, group.flag)
-        also = [result.vector.id for result in group.results[1:]]
-        if also:
-            rows.append(("also", ", ".join(also)))
+        rows = details(run, first, flags, group)
+        for name, others in _by_clause(group.results[1:]).items():
+            rows.append(("also", f"{name}: {', '.join(result.vector.id for result in others)}"))
         parts.append(_block(title, rows))
     by_message: dict[str, list[Result]] = {}
     for result in run.results:
@@ -139,11 +154,13 @@ def notes(run: Run) -> str:
     return "".join(textwrap.fill(line, WIDTH, subsequent_indent="  ", **_WRAP) + "\n" for line in lines)
 
 
-def details(run: Run, result: Result, flags: Mapping[str, str], flag: str = "") -> list[tuple[str, str]]:
-    """Return one failure in full, as rows of a label and a text. flag: the bug it counts for."""
+def details(
+    run: Run, result: Result, flags: Mapping[str, str], group: Group | None = None
+) -> list[tuple[str, str]]:
+    """Return one failure in full, as rows of a label and a text. group: what it counts for, said first."""
     vector, difference = result.vector, result.difference
     rows = [("vector", vector.id)]
-    for name in vector.clauses:
+    for name in dict.fromkeys([*([group.clause] if group else []), *vector.clauses]):
         found = clause(name)
         rows.append(("clause", f"{name} {found.title}: {found.sentence}" if found.title else name))
     if vector.flags:
@@ -158,7 +175,7 @@ def details(run: Run, result: Result, flags: Mapping[str, str], flag: str = "") 
             rows.append(("expected", _pair(difference.expected, difference.expected_value)))
             rows.append(("got", _pair(difference.got, difference.got_value)))
         rows += _steps(difference)
-    looks = sorted(result.looks_like, key=lambda name: name != flag)
+    looks = sorted(result.looks_like, key=lambda name: group is None or name != group.flag)
     for name in looks[:1]:
         others = f" (also {', '.join(looks[1:])})" if looks[1:] else ""
         rows.append(("looks like", f"{name}{others}: {flags.get(name, '')}"))
@@ -202,7 +219,7 @@ def run_json(run: Run) -> dict[str, Any]:
       `kind` (refusal, length, value), `what`, `field`, `index`, `count`, `total`, `expected` and `got` (bits)
       with `expected_value` and `got_value`, `step` (the first that differs, or null) and `steps` (those
       expected there).
-    - `groups`: failures by `flag` ("" for none) and `clause`, with their `ids`.
+    - `groups`: failures by `flag` ("": none) and the `clause` that breaks, with their `ids`.
     - `search`: `seed`, `seconds`, `operations` and `found`: results with `input`, `output` and `refused`
       besides, one of the last two null.
     """
@@ -263,13 +280,9 @@ def as_html(run: Run, flags: Mapping[str, str], date: str) -> str:
     bugs = [group for group in groups(result for result in run.results if result.bad) if group.flag]
     if bugs:
         out.append("<h2>Bugs it looks like</h2><ul>")
-        totals = Counter[str]()
         for group in bugs:
-            totals[group.flag] += len(group.results)
-        out += [
-            f"<li><strong>{esc(flag)}</strong>, {n} vectors: {esc(flags.get(flag, ''))}</li>"
-            for flag, n in totals.items()
-        ]
+            head = f"<strong>{esc(group.flag)}</strong> ({esc(group.clause)}, {len(group.results)} failed)"
+            out.append(f"<li>{head}: {esc(flags.get(group.flag, ''))}</li>")
         out.append("</ul>")
     out.append("<h2>By clause</h2>")
     for name in sorted(by_clause, key=_numbers):
