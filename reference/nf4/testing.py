@@ -15,8 +15,9 @@ from typing import Any
 from unittest import SkipTest
 
 import numpy as np
-from hypothesis import HealthCheck, assume, given, seed, settings
+from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.errors import Flaky
 from numpy.typing import NDArray
 
 from nf4.blockwise import block_count
@@ -43,7 +44,7 @@ _LANDMARKS = {
     "float16": [0x3C00, 0x0400, 0x7BFF],
     "bfloat16": [0x3F80, 0x0080, 0x0020, 0x7E80, 0x7F7F],
 }
-_DRAWN = 20  # elements drawn one by one; longer blocks repeat them
+_DRAWN = 16  # elements drawn one by one; longer blocks repeat them
 _some_block_sizes = st.sampled_from([64, 32, 128])
 
 
@@ -77,19 +78,21 @@ def bit_patterns(draw: st.DrawFn, dtype: str, size: int | None = None, finite: b
     bits = draw(_magnitudes(dtype))
     if not finite:
         bits += draw(st.lists(st.integers(INFINITY[dtype], sign - 1), max_size=5))
-    negative = draw(st.lists(st.booleans(), min_size=len(bits), max_size=len(bits)))
-    signed = [b | sign if minus else b for b, minus in zip(bits, negative, strict=True)]
+    negative = draw(st.integers(0, 2 ** len(bits) - 1))
+    signed = [b | (sign if negative >> i & 1 else 0) for i, b in enumerate(bits)]
     return _array(np.resize(signed or [0], n), dtype)
 
 
 def _scale_bits(dtype: str) -> st.SearchStrategy[int]:
-    """Bits of an absmax: 1, 0, beside a landmark, one of the tiniest, or any."""
+    """Bits of an absmax: 1, any power of two, beside a landmark, 0, one of the tiniest, or any."""
     end = INFINITY[dtype] - 1
+    bits = {"float32": 23, "float16": 10, "bfloat16": 7}[dtype]
+    power = st.integers(1, (INFINITY[dtype] >> bits) - 1).map(lambda exponent: exponent << bits)
     beside = st.builds(
         lambda at, step: min(max(at + step, 0), end), st.sampled_from(_LANDMARKS[dtype]), st.integers(-2, 2)
     )
     return st.one_of(
-        st.just(_LANDMARKS[dtype][0]), beside, st.just(0), st.integers(0, 300), st.integers(0, end)
+        st.just(_LANDMARKS[dtype][0]), power, beside, st.just(0), st.integers(0, 300), st.integers(0, end)
     )
 
 
@@ -99,9 +102,9 @@ def blocks(
 ) -> NDArray[Any]:
     """One block [size] that is hard to encode (NF4-3).
 
-    Its elements lie at, and up to two ulp beside, thresholds and values of the codebook times absmax, or are
-    zeros of either sign, or anything up to absmax. Unless it is given, absmax is drawn: 1, zero, tiny, the
-    largest, at 2^-128 and 2^126, or any.
+    Its elements lie at, and one ulp beside, the thresholds times absmax, or are zeros of either sign, or
+    anything up to absmax. Unless it is given, absmax is drawn: 1 or another power of two, with which elements
+    lie on thresholds exactly, zero, tiny, the largest, about 2^-128 and 2^126, or any.
     """
     if size == 0:
         return _array([], dtype)
@@ -111,17 +114,13 @@ def blocks(
     else:
         top = int(narrow(np.array([absmax], np.float32), DTYPES[dtype]).view(_UINTS[dtype])[0])
     scale = float(widen(_array([top], dtype))[0])
-    marks = np.abs(np.concatenate([book.thresholds, book.values])).astype(np.float64) * scale
     with np.errstate(over="ignore", under="ignore"):
-        at = narrow(marks.astype(np.float32), DTYPES[dtype]).view(_UINTS[dtype])
-    at_mark = st.builds(
-        lambda bits, step: min(max(bits + step, 0), top),
-        st.sampled_from([int(bits) for bits in at]),
-        st.integers(-2, 2),
-    )
-    magnitude = st.one_of(st.just(0), at_mark, st.just(top), st.integers(0, top))
-    element = st.builds(lambda bits, minus: bits | sign if minus else bits, magnitude, st.booleans())
-    some = draw(st.lists(element, max_size=min(size - 1, _DRAWN)))
+        at = narrow(np.abs(book.thresholds) * np.float32(scale), DTYPES[dtype]).view(_UINTS[dtype])
+    # One number is drawn for an element, which makes this fast.
+    around = np.clip(at.astype(np.int64) + np.array([[0], [1], [-1]]), 0, top)
+    magnitudes = [0, top, *draw(st.lists(st.integers(0, top), max_size=3)), *around.reshape(-1).tolist()]
+    picks = draw(st.lists(st.integers(0, 2 * len(magnitudes) - 1), max_size=min(size - 1, _DRAWN)))
+    some = [magnitudes[pick >> 1] | (sign if pick & 1 else 0) for pick in picks]
     some.insert(draw(st.integers(0, len(some))), top | (sign if draw(st.booleans()) else 0))
     filler = draw(st.sampled_from(["zeros", "repeat"])) if size > len(some) else "zeros"
     some += [0] * (size - len(some)) if filler == "zeros" else []
@@ -142,7 +141,7 @@ def shapes(draw: st.DrawFn, block_size: int = 64, most: int | None = None) -> tu
     )
     n = draw(st.one_of(st.integers(0, min(limit, 8)), edge, st.integers(0, limit)))
     rows = draw(st.integers(1, 7))
-    kind = draw(st.sampled_from(["flat", "rows", "deep", "scalar", "empty"]))
+    kind = draw(st.sampled_from(["flat", "rows", "rows", "flat", "deep", "scalar", "empty"]))
     if kind == "rows":
         return rows, max(n, rows) // rows
     if kind == "deep":
@@ -162,7 +161,7 @@ def tensors(
     """Finite arrays of a drawn shape, each block of which is one of blocks, or bit patterns of any kind."""
     shape = draw(shapes(block_size)) if shape is None else shape
     n = math.prod(shape)
-    if draw(st.booleans()):
+    if draw(st.integers(0, 3)) == 3:
         flat = draw(bit_patterns(dtype, n))
     else:
         parts = [
@@ -421,10 +420,14 @@ class Conformance:
             max_examples=self.examples,
             database=None,
             deadline=None,
+            phases=[Phase.generate, Phase.shrink],
             suppress_health_check=list(HealthCheck),
             report_multiple_bugs=False,
         )
-        seed(self.seed)(quiet(given(*strategies)(check)))()
+        try:
+            seed(self.seed)(quiet(given(*strategies)(check)))()
+        except Flaky as error:
+            raise AssertionError(f"the port does not give the same input the same answer: {error}") from error
 
     def _hold_with(self, change: Callable[[NDArray[Any]], NDArray[Any]], what: str) -> None:
         """Hold that quantize and dequantize answer the same where their arrays are changed so."""

@@ -84,7 +84,7 @@ def check_repacking(found: list[Defect]) -> None:
 
 
 def test_what_repacking_does_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repack and its assertion are Python: the flag set, and a product for the kernel, they run anywhere."""
+    """The repack and its assertion are Python: with the flag set and a product for the kernel, they run."""
     monkeypatch.setattr(bnb, "gemv_4bit", product)
     found = find_defects(Repacking(), seed=0, examples=150)
     check_repacking(found)

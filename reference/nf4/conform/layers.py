@@ -8,7 +8,7 @@ port is a LayerPort: a small adapter of a library (`libraries/bitsandbytes_layer
 makes layers of drawn weights, runs them in training and in evaluation, saves, loads and dequantizes them in
 any order, and holds at every step that
 
-- a forward gives x W^T + b, W being what a fresh layer decodes to (NF4-9.2);
+- a forward gives x W^T + b, W being the values of what a fresh layer saves, or what it decodes to (NF4-9.2);
 - what a layer saves is, bit for bit, what a fresh layer saves, whatever happened to it before (NF4-5.3);
 - dequantize gives, bit for bit, the values of what a fresh layer saves (NF4-4), whatever happened before;
 - none of these raises.
@@ -39,7 +39,7 @@ TOLERANCE = {"float32": 1e-5, "float16": 2.0**-8, "bfloat16": 2.0**-6}
 """What an output may be off, relative to the sum of the magnitudes of its terms, by the dtype of x."""
 
 _ROUNDS = 16  # at most so many defects are looked for
-_STEPS = 5  # of a history
+_STEPS = 9  # the making of a layer and eight calls
 Array = NDArray[Any]
 Saved = Mapping[str, Array]
 
@@ -101,7 +101,7 @@ class Defect:
 
 
 def find_defects(port: LayerPort, seed: int = 0, examples: int = 200) -> list[Defect]:
-    """Return the defects that histories of up to five calls show, each once, by a history made short.
+    """Return the defects that histories of up to eight calls show, each once, by a history made short.
 
     A search of `examples` histories is repeated, with what is known left aside, until it finds nothing. The
     same seed finds the same.
@@ -315,8 +315,13 @@ class _Machine(RuleBasedStateMachine):
 
     def _wrong_output(self, x: Array, got: Array) -> str | None:
         """How the output differs from x W^T + b by more than its rounding allows; None: it does not."""
-        exact = widen(x).astype(np.float64)
-        weight = self._fresh.decoded.astype(np.float64)
+        # Where dequantize is wrong, a forward that decodes so too is not wrong once more.
+        reasons = [self._wrong_product(x, got, w) for w in (widen(self._fresh.weight), self._fresh.decoded)]
+        return None if None in reasons else reasons[0]
+
+    def _wrong_product(self, x: Array, got: Array, decoded: NDArray[np.float32]) -> str | None:
+        """The same for one W."""
+        exact, weight = widen(x).astype(np.float64), decoded.astype(np.float64)
         bias = 0.0 if self._spec.bias is None else widen(self._spec.bias).astype(np.float64)
         want = exact @ weight.T + bias
         if got.shape != want.shape:
