@@ -255,7 +255,9 @@ def _damaged_containers() -> Iterator[Vector]:
             "ShapeUnchecked",
         ),
         "shape-huge": (
-            _pack(entry(shape=[2**32, 2**32]), data),
+            _pack(
+                {**header, "w.none": {"dtype": "U8", "shape": [2**32, 2**32], "data_offsets": [0, 0]}}, data
+            ),
             "A product of 2^64, which wraps to 0.",
             "ShapeUnchecked",
         ),
