@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from nf4.codebooks import CODEBOOKS
 from nf4.conform.bugs.plain_codec import Array
-from nf4.conform.bugs.plain_training import Plain
+from nf4.conform.bugs.plain_files import Plain
 from nf4.floats import BFLOAT16, FLOAT16, FLOAT32
 from nf4.nested import DYNAMIC_MAP
 
@@ -221,8 +222,13 @@ class DynamicMapRounding(Plain):
 class MapIgnored(Plain):
     """The 8-bit codes are decoded with the map of the specification (NF4-6.2)."""
 
+    accepted = "map' is missing"
+
     def decoder_map(self, stored: Array) -> Array:
         return DYNAMIC_MAP
+
+    def stored_values(self, stored: Array, codebook: str) -> Array:
+        return CODEBOOKS[codebook].values
 
 
 class NestedAbsmaxIgnored(Plain):
@@ -234,6 +240,8 @@ class NestedAbsmaxIgnored(Plain):
 
 class OffsetOmitted(Plain):
     """The offset is left out of decoding (NF4-6.4)."""
+
+    accepted = r"missing or unknown: \['nested_offset'\]"
 
     def decoder_offset(self, offset: Array) -> Array:
         return np.zeros_like(offset)
@@ -248,6 +256,8 @@ class InfiniteAbsmaxAccepted(Plain):
 
 class NonFiniteAccepted(Plain):
     """A NaN or an infinity is taken, as in every library (NF4-12.1, NF4-12.5)."""
+
+    accepted = "holds (-?inf|nan|NaN)|is (-?inf|nan);|[0-9] isn't a finite float32|NaN is not JSON"
 
     def check_finite(self, what: str, x: Array) -> None:
         return None

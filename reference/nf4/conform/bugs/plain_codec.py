@@ -188,6 +188,23 @@ class PlainCodec:
         """A product with its sign, also where it is zero (NF4-4.1)."""
         return product
 
+    def decoded(
+        self,
+        codes: Array,
+        absmax: Array,
+        shape: list[int],
+        dtype: np.dtype[Any],
+        block_size: int,
+        values: Array,
+    ) -> Array:
+        """The elements of packed codes, flat (NF4-4.1, NF4-5.1, NF4-12.5)."""
+        absmax = self.bounded(absmax)
+        self.check_finite("absmax of block", absmax)
+        each = np.stack(self.split(codes), axis=-1).reshape(-1)[: math.prod(shape)]
+        index = self.blocks(shape, block_size, decoding=True)
+        with np.errstate(all="ignore"):
+            return self.product(values[each], absmax[index], dtype)
+
     # Steps: double quantization (chapter 6)
 
     def encoder_map(self) -> Array:
@@ -276,12 +293,8 @@ class PlainCodec:
         block_size = self.usable(block_size)
         values, n = self.values(codebook), math.prod(shape)
         codes = self.fitting("codes", codes, -(-n // 2))
-        absmax = self.bounded(self.fitting("absmax", absmax, -(-n // block_size)))
-        self.check_finite("absmax of block", absmax)
-        each = np.stack(self.split(codes), axis=-1).reshape(-1)[:n]
-        index = self.blocks(shape, block_size, decoding=True)
-        with np.errstate(all="ignore"):
-            return {"y": self.product(values[each], absmax[index], dtype_of(dtype))}
+        absmax = self.fitting("absmax", absmax, -(-n // block_size))
+        return {"y": self.decoded(codes, absmax, shape, dtype_of(dtype), block_size, values)}
 
     def dequantize_double(
         self,

@@ -32,7 +32,7 @@ class Scalars(NamedTuple):
     eps: np.float32
 
 
-class Plain(PlainCodec):
+class PlainTraining(PlainCodec):
     """A port (NF4-13.3) written from the specification, for clarity, not from the reference.
 
     The methods named as operations are its port; those before them are the steps, each the work of the clause
@@ -199,6 +199,10 @@ class Plain(PlainCodec):
     def biased(self, y: Array, bias: Array) -> Array:
         """NF4-9.2."""
         return y + bias
+
+    def merged(self, weight: Array, delta: Array) -> Array:
+        """W + scale (B A), rounded once to the dtype of W (NF4-8.8)."""
+        return self.narrowed(self.widened(weight) + delta, weight.dtype)
 
     # Steps: AdamW and the training step (chapter 10)
 
@@ -600,14 +604,10 @@ class Plain(PlainCodec):
     ) -> Outputs:
         """NF4-8.8."""
         self.check_dtype(dtype)
-        delta = self.applied(float(scale[0])) * (
-            self.factor(B, shape[0], rank) @ self.factor(A, rank, shape[1])
-        )
+        product = self.factor(B, shape[0], rank) @ self.factor(A, rank, shape[1])
+        delta = self.applied(float(scale[0])) * product
         with np.errstate(all="ignore"):
-            y = self.narrowed(
-                self.widened(weight).reshape(shape) + delta,
-                dtype_of(dtype),
-            )
+            y = self.merged(weight.reshape(shape), delta)
         self.check_finite("merged element", y.reshape(-1))
         return {"y": y}
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from nf4.conform.bugs.codec import to_odd
 from nf4.conform.bugs.plain_codec import Array
-from nf4.conform.bugs.plain_training import IGNORED, LOW, SHIFT, Plain, Scalars
+from nf4.conform.bugs.plain_files import Plain
+from nf4.conform.bugs.plain_training import IGNORED, LOW, SHIFT, Scalars
 from nf4.floats import BFLOAT16, FLOAT32
 
 # Chapter 11: random numbers
@@ -185,6 +186,8 @@ class ScaleMissing(Plain):
 
 class AdapterTransposed(Plain):
     """A and B are read with their axes exchanged, as MLX stores them (NF4-9.1)."""
+
+    accepted = r"has shape \[(\d+), (\d+)\], and this model and r need \[\2, \1\]"
 
     def factor(self, flat: Array, rows: int, columns: int) -> Array:
         return flat.reshape(columns, rows).T
