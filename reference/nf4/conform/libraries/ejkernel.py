@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4.conform.libraries.tensors import packed, unpacked
+from nf4.conform.libraries.tensors import packed, unpacked, whole_blocks
 
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
@@ -35,9 +35,7 @@ def dequantize(
 ) -> NDArray[Any]:
     """ejkernel.quantization.dequantize, told to compute in float32."""
     quantization, jnp = _modules(codebook)
-    n = int(np.prod(shape))
-    if n % block_size:
-        raise NotImplementedError("a tensor is of whole groups")
+    n = whole_blocks(codes, absmax, shape, block_size)
     words = unpacked(codes, n).reshape(1, -1, 8).astype(np.uint32) << _SHIFTS
     y = quantization.dequantize(
         jnp.asarray(np.bitwise_or.reduce(words, axis=-1)),

@@ -8,10 +8,9 @@ import importlib
 import math
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from nf4.conform.libraries.tensors import to_numpy, to_torch, torch_dtype
+from nf4.conform.libraries.tensors import filled, to_numpy, to_torch, torch_dtype
 
 
 def quantize(x: NDArray[Any], block_size: int, codebook: str) -> dict[str, NDArray[Any]]:
@@ -26,9 +25,8 @@ def dequantize(
 ) -> NDArray[Any]:
     """NF4QTensor.dequantize, the codes filled up to whole blocks."""
     torch: Any = importlib.import_module("torch")
-    full = np.zeros(len(absmax) * block_size // 2, np.uint8)
-    full[: len(codes)] = codes
-    tensor = _class(codebook)(torch.Size(shape), torch_dtype(dtype), to_torch(full))
+    full = to_torch(filled(codes, absmax, shape, block_size))
+    tensor = _class(codebook)(torch.Size(shape), torch_dtype(dtype), full)
     return to_numpy(
         tensor.dequantize(
             scale=to_torch(absmax).view(1, -1),

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4.conform.libraries.tensors import to_numpy, to_torch, torch_dtype
+from nf4.conform.libraries.tensors import filled, to_numpy, to_torch, torch_dtype
 
 
 def quantize(x: NDArray[Any], block_size: int, codebook: str) -> dict[str, NDArray[Any]]:
@@ -28,8 +28,7 @@ def dequantize(
 ) -> NDArray[Any]:
     """dequantize_4bit with a QuantState of a flat shape."""
     functional, torch = _functional(codebook), importlib.import_module("torch")
-    full = np.zeros(len(absmax) * block_size // 2, np.uint8)  # the last block is stored whole
-    full[: len(codes)] = codes
+    full = to_torch(filled(codes, absmax, shape, block_size))
     state = functional.QuantState(
         to_torch(absmax),
         torch.Size([int(np.prod(shape))]),
@@ -37,7 +36,7 @@ def dequantize(
         quant_type=codebook,
         dtype=torch_dtype(dtype),
     )
-    return to_numpy(functional.dequantize_4bit(to_torch(full), state))
+    return to_numpy(functional.dequantize_4bit(full, state))
 
 
 def _functional(codebook: str) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nf4.conform.libraries.tensors import fits
+
 
 def quantize(x: NDArray[Any], block_size: int, codebook: str) -> dict[str, NDArray[Any]]:
     """nncf.compress_weights in mode NF4 of a MatMul with x as its one channel; the scale is widened."""
@@ -42,6 +44,8 @@ def dequantize(
     if dtype == "bfloat16":
         raise NotImplementedError("no NumPy array of bfloat16")
     ov, op, _ = _modules(codebook)
+    if not fits(codes, absmax, shape, block_size):
+        raise NotImplementedError("here each element is given its absmax")
     n = int(np.prod(shape))
     weight = op.constant(ov.Tensor(codes, [n], ov.Type.nf4))
     scale = op.parameter([n], ov.Type.f32)

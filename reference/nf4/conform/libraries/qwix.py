@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4.conform.libraries.tensors import packed, unpacked
+from nf4.conform.libraries.tensors import packed, unpacked, whole_blocks
 
 
 def quantize(x: NDArray[Any], block_size: int, codebook: str) -> dict[str, NDArray[Any]]:
@@ -26,10 +26,9 @@ def dequantize(
     codes: NDArray[Any], absmax: NDArray[Any], shape: list[int], dtype: str, block_size: int, codebook: str
 ) -> NDArray[Any]:
     """qwix.dequantize of a QArray whose scale is of the dtype asked for, which is what decides it there."""
-    if len(codes) * 2 != len(absmax) * block_size:
-        raise NotImplementedError("a tensor is of whole tiles")
+    n = whole_blocks(codes, absmax, shape, block_size)
     qwix, jnp = _modules(codebook)
-    values = jnp.asarray(unpacked(codes, int(np.prod(shape)))).astype(jnp.uint4)
+    values = jnp.asarray(unpacked(codes, n)).astype(jnp.uint4)
     scale = jnp.asarray(absmax).astype(dtype)
     return np.asarray(qwix.dequantize(qwix.QArray(values, scale, None, "nf4")))
 

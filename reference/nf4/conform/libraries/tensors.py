@@ -1,6 +1,7 @@
 """NumPy arrays as PyTorch tensors and back, bit for bit, bfloat16 too."""
 
 import importlib
+import math
 from typing import Any
 
 import ml_dtypes
@@ -42,3 +43,27 @@ def packed(codes: NDArray[Any]) -> NDArray[np.uint8]:
 def unpacked(codes: NDArray[np.uint8], n: int) -> NDArray[np.uint8]:
     """Return the first n codes of packed ones, one a byte."""
     return np.stack([codes >> 4, codes & 15], axis=1).reshape(-1)[:n]
+
+
+def fits(codes: NDArray[Any], absmax: NDArray[Any], shape: list[int], block_size: int) -> bool:
+    """Whether there are as many codes and absmax as a tensor of this shape has."""
+    n = math.prod(shape)
+    return len(codes) == -(-n // 2) and block_size > 0 and len(absmax) == -(-n // block_size)
+
+
+def whole_blocks(codes: NDArray[Any], absmax: NDArray[Any], shape: list[int], block_size: int) -> int:
+    """Return the number of elements of a tensor of whole blocks.
+
+    Raises NotImplementedError for others, which the library would not see as they are.
+    """
+    n = math.prod(shape)
+    if not fits(codes, absmax, shape, block_size) or n % block_size:
+        raise NotImplementedError("decodes whole blocks")
+    return n
+
+
+def filled(codes: NDArray[Any], absmax: NDArray[Any], shape: list[int], block_size: int) -> NDArray[np.uint8]:
+    """Return the codes with bytes behind them to whole blocks; as they are where they do not fit."""
+    if not fits(codes, absmax, shape, block_size):
+        return codes
+    return np.pad(codes, (0, len(absmax) * block_size // 2 - len(codes)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4.conform.libraries.tensors import to_numpy, to_torch, torch_dtype
+from nf4.conform.libraries.tensors import to_numpy, to_torch, torch_dtype, whole_blocks
 
 
 def quantize(x: NDArray[Any], block_size: int, codebook: str) -> dict[str, NDArray[Any]]:
@@ -27,8 +27,7 @@ def dequantize(
 ) -> NDArray[Any]:
     """get_original_weight of each block."""
     module, torch, kind = _module(codebook), importlib.import_module("torch"), torch_dtype(dtype)
-    if len(codes) * 2 != len(absmax) * block_size:
-        raise NotImplementedError("a tensor is of whole blocks")
+    whole_blocks(codes, absmax, shape, block_size)
     blocks = []
     for block, scale in zip(to_torch(codes).view(len(absmax), -1), to_torch(absmax), strict=True):
         tensor = module.to_nf4(torch.ones(block_size, dtype=kind), block_size, 1)
