@@ -73,13 +73,13 @@ class BitsandbytesLayers:
         limits = []
         if _torch().backends.cpu.get_cpu_capability() != "AVX512":
             limits.append(
-                f"{self.name}: this machine has no AVX-512, with which dequantize runs another kernel; "
+                f"{self.name} finds no AVX-512 on this machine, with which dequantize runs another kernel; "
                 "that one is not tried"
             )
         if not _bitsandbytes().functional.has_avx512bf16():
             limits.append(
-                f"{self.name}: this machine has no AVX512-BF16, with which a forward in evaluation repacks "
-                "the weights in place; what follows from that is not tried"
+                f"{self.name} finds no AVX512-BF16 on this machine, with which a forward in evaluation "
+                "repacks the weights in place; what follows from that is not tried"
             )
         return limits
 
