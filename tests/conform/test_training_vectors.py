@@ -11,7 +11,7 @@ import pytest
 from nf4 import random
 from nf4.conform import reference
 from nf4.conform.compare import compare
-from nf4.conform.generate import exact, files, lora, training
+from nf4.conform.generate import exact, files, lora, models, training
 from nf4.conform.generate import random as random_vectors
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.port import Answer
@@ -20,7 +20,7 @@ from nf4.conform.values import decode_input, decode_output
 from nf4.conform.vectors import SPECIFICATION, Vector, load
 from safetensors import SafetensorError, safe_open
 
-MODULES = (random_vectors, lora, training, files)
+MODULES = (random_vectors, lora, training, files, models)
 CHAPTERS = ("08", "09", "10", "11")
 
 
