@@ -89,9 +89,9 @@ class StateUnchecked(Plain):
     """Keys of a quant_state that are unknown, missing or out of range are accepted (NF4-8.5)."""
 
     accepted = (
-        r"missing or unknown: \['(?!nested_offset)|absmax' is U8 of|isn't one of float32|shape .* isn't a list"
-        r"|blocksize .* isn't|nested_dtype .* isn't|nested_offset '.*' isn't|expected a JSON object"
-        r"|quant_state\S*: not valid JSON"
+        r"missing or unknown: \['(?!nested_offset)|absmax' is U8 of|isn't one of float32"
+        r"|isn't a list of integers|blocksize .* isn't|nested_dtype .* isn't|nested_offset '.*' isn't"
+        r"|expected a JSON object|quant_state\S*: not valid JSON"
     )
 
 

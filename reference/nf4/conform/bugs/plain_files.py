@@ -4,7 +4,6 @@ Whether a file is sound is left to the reference; what is in it is worked out he
 """
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,7 +33,7 @@ class Plain(PlainTraining):
     # Steps: what is refused
 
     accepted = ""
-    """What the messages say of the reference's refusals that this port does not make, as a regular expression."""
+    """A regular expression for the messages of the reference's refusals that this port does not make."""
 
     def sound(self, function: Callable[..., Outputs], **fields: Any) -> Outputs | None:
         """What the reference makes of files, or None where it refuses what this port accepts."""
@@ -128,9 +127,9 @@ class Plain(PlainTraining):
         tensors = dict(read["tensors"])
         for file in files.values():
             if b"llama.block_count" in file:  # GGUF
-                for name in tensors:
+                for name, value in tensors.items():
                     if re.search(r"\.[qk]_proj\.", name):
-                        tensors[name] = self.half_rows(tensors[name], len(tensors[name]) // _head_size(file))
+                        tensors[name] = self.half_rows(value, len(value) // _head_size(file))
         stored: Tensors = {}
         for path, file in files.items():
             if path.endswith(".safetensors"):
