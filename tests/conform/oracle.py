@@ -230,7 +230,12 @@ def encode(x: list[int], block_size: int, table: list[int]) -> tuple[list[int], 
 
 def decode(codes: list[int], scales: list[int], block_size: int, table: list[int], dtype: str) -> list[int]:
     """Bits of the decoded values in dtype (chapter 4)."""
-    return [narrow(multiply(table[code], scales[i // block_size]), dtype) for i, code in enumerate(codes)]
+    return [narrow(product, dtype) for product in products(codes, scales, block_size, table)]
+
+
+def products(codes: list[int], scales: list[int], block_size: int, table: list[int]) -> list[int]:
+    """RN(v * a) of NF4-4.1."""
+    return [multiply(table[code], scales[i // block_size]) for i, code in enumerate(codes)]
 
 
 # Chapter 5: packing and layout
@@ -305,7 +310,7 @@ def centred(absmax: list[int], offset: int) -> list[int]:
 
 def decode_nested(codes: list[int], scales: list[int], offset: int, table: list[int]) -> list[int]:
     """absmax bits (NF4-6.4)."""
-    return [add(multiply(table[code], scales[i // 256]), offset) for i, code in enumerate(codes)]
+    return [add(product, offset) for product in products(codes, scales, 256, table)]
 
 
 # Chapter 7: float16 and bfloat16
@@ -463,12 +468,17 @@ def keep_mask(seed: int, stream: int, sample: int, n: int, p: float) -> list[boo
 def permutation(seed: int, epoch: int, n: int) -> list[int]:
     """The order of n things in an epoch (NF4-11.5)."""
     check_blocks(blocks_of(n, 2))
-    entries = []
+    return [j for _, j in sorted((value, j) for j, value in enumerate(draws(seed, epoch, n)))]
+
+
+def draws(seed: int, epoch: int, n: int) -> list[int]:
+    """The 64-bit values that a permutation sorts (NF4-11.5)."""
+    values = []
     for j in range(n):
         words = block(j // 2, seed, 0, epoch, PERMUTATION)
         low, high = words[:2] if j % 2 == 0 else words[2:]
-        entries.append((low + 2**32 * high, j))
-    return [j for _, j in sorted(entries)]
+        values.append(low + 2**32 * high)
+    return values
 
 
 # Chapter 9: the LoRA linear layer
@@ -618,13 +628,23 @@ def scalars(rates: Rates, updates: int, dimensions: int) -> Scalars:
     )
 
 
-def update(c: Scalars, p: int, g: int, m: int, v: int) -> tuple[int, int, int]:
-    """p, m and v of one element after an update (NF4-10.4)."""
+class Updated(NamedTuple):
+    """One element after an update, with d and u of NF4-10.4."""
+
+    p: int
+    m: int
+    v: int
+    d: int
+    u: int
+
+
+def update(c: Scalars, p: int, g: int, m: int, v: int) -> Updated:
+    """One element after an update (NF4-10.4)."""
     m = add(m, multiply(c.rest1, subtract(g, m)))
     v = add(multiply(c.beta2, v), multiply(c.rest2, multiply(g, g)))
     d = add(divide(square_root(v), c.root), c.eps)
     u = multiply(c.step, divide(m, d))
-    return subtract(multiply(c.decay, p), u), m, v
+    return Updated(subtract(multiply(c.decay, p), u), m, v, d, u)
 
 
 def adamw(
@@ -632,8 +652,13 @@ def adamw(
 ) -> tuple[list[int], list[int], list[int]]:
     """p, m and v after an update (NF4-10.1, NF4-10.5)."""
     check_dtype(dtype, ("float32", "bfloat16"))
-    after = [update(c, widen(p_, dtype), *states) for p_, *states in zip(p, g, m, v, strict=True)]
-    return [narrow(p_, dtype) for p_, _, _ in after], [m_ for _, m_, _ in after], [v_ for _, _, v_ in after]
+    after = updates(c, dtype, p, g, m, v)
+    return [narrow(x.p, dtype) for x in after], [x.m for x in after], [x.v for x in after]
+
+
+def updates(c: Scalars, dtype: str, p: list[int], g: list[int], m: list[int], v: list[int]) -> list[Updated]:
+    """Every element after an update, p in float32."""
+    return [update(c, widen(p_, dtype), *states) for p_, *states in zip(p, g, m, v, strict=True)]
 
 
 SCHEDULES: dict[str, Callable[[int, int, int], float]] = {

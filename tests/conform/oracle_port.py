@@ -282,6 +282,93 @@ def merge(i: Values) -> Values:
     return {"y": hexadecimal(y, dtype)}
 
 
+# The values on the way (NF4-13.1), by the names of the clauses
+
+
+def scaling_steps(x: list[int], block_size: int) -> Values:
+    _, reciprocals, s = oracle.scale(x, block_size)
+    return {"reciprocal": hexadecimal(reciprocals, "float32"), "s": hexadecimal(s, "float32")}
+
+
+def quantize_steps(i: Values) -> Values:
+    x = [oracle.widen(bits, i["dtype"]) for bits in bits_of(i["x"], i["dtype"])]
+    thresholds, _ = oracle.ranks_of(oracle.codebook(i["codebook"]))
+    _, _, s = oracle.scale(x, i["block_size"])
+    ranks = hexadecimal(oracle.ranks(s, thresholds), "uint8")
+    return {**scaling_steps(x, i["block_size"]), "ranks": ranks}
+
+
+def centred_steps(absmax: list[int]) -> Values:
+    centred = oracle.centred(absmax, oracle.mean(absmax))
+    return {"centred": hexadecimal(centred, "float32"), **scaling_steps(centred, 256)}
+
+
+def encode_absmax_steps(i: Values) -> Values:
+    return centred_steps(bits_of(i["absmax"], "float32"))
+
+
+def quantize_double_steps(i: Values) -> Values:
+    x = bits_of(i["x"], i["dtype"])
+    _, absmax = oracle.quantize(x, i["dtype"], i["block_size"], i["codebook"])
+    return {"absmax": hexadecimal(absmax, "float32"), **centred_steps(absmax)}
+
+
+def decode_absmax_steps(i: Values) -> Values:
+    codes, scales = bits_of(i["absmax_codes"], "uint8"), bits_of(i["nested_absmax"], "float32")
+    products = oracle.products(codes, scales, 256, bits_of(i["map"], "float32"))
+    return {"product": hexadecimal(products, "float32")}
+
+
+def product_steps(i: Values, absmax: list[int]) -> Values:
+    codes = oracle.unpack(bytes.fromhex(i["codes"]), math.prod(i["shape"]))
+    products = oracle.products(codes, absmax, i["block_size"], oracle.codebook(i["codebook"]))
+    return {"product": hexadecimal(products, "float32")}
+
+
+def dequantize_steps(i: Values) -> Values:
+    return product_steps(i, bits_of(i["absmax"], "float32"))
+
+
+def dequantize_double_steps(i: Values) -> Values:
+    absmax = decoded_absmax(i)
+    return {"absmax": hexadecimal(absmax, "float32"), **product_steps(i, absmax)}
+
+
+def permutation_steps(i: Values) -> Values:
+    return {"draws": hexadecimal(oracle.draws(int(i["seed"], 16), int(i["epoch"], 16), i["n"]), "uint64")}
+
+
+def layer_steps(i: Values) -> Values:
+    absmax = bits_of(i["absmax"], "float32")
+    drops = adapter(i, i["shape"][1]).dropped
+    kept = [int(not drop) for row in drops for drop in row]
+    return {"weight": hexadecimal(decoded(i, absmax), i["dtype"]), "kept": hexadecimal(kept, "uint8")}
+
+
+def adamw_steps(i: Values) -> Values:
+    states = [bits_of(i[name], "float32") for name in ("g", "m", "v")]
+    c = scalars(i, i["updates"], len(i["shape"]))
+    after = oracle.updates(c, i["dtype"], bits_of(i["p"], i["dtype"]), *states)
+    return {
+        "scalars": hexadecimal([c.step, c.root, c.decay], "float32"),
+        "d": hexadecimal([x.d for x in after], "float32"),
+        "u": hexadecimal([x.u for x in after], "float32"),
+    }
+
+
+STEPS: dict[str, Callable[[Values], Values]] = {
+    "quantize": quantize_steps,
+    "dequantize": dequantize_steps,
+    "encode_absmax": encode_absmax_steps,
+    "decode_absmax": decode_absmax_steps,
+    "quantize_double": quantize_double_steps,
+    "dequantize_double": dequantize_double_steps,
+    "permutation": permutation_steps,
+    "lora_forward": layer_steps,
+    "lora_backward": layer_steps,
+    "adamw": adamw_steps,
+}
+
 OPERATIONS: dict[str, Callable[[Values], Values]] = {
     "codebook": the_codebook,
     "widen": widen,
@@ -320,7 +407,9 @@ def answer(operation: str, values: Values) -> Values:
     if operation not in OPERATIONS:
         return {"skipped": f"the oracle has no {operation}"}
     try:
-        return {"output": OPERATIONS[operation](values)}
+        output = OPERATIONS[operation](values)
+        steps = STEPS[operation](values) if operation in STEPS else {}
+        return {"output": output, "steps": steps}
     except oracle.RefusedError as error:
         return {"refused": str(error)}
     except Exception as error:  # a port reports what went wrong and goes on

@@ -33,7 +33,7 @@ def asked(operation: str, given: Input) -> Answer:
     """The oracle's answer."""
     answer = oracle_port.answer(operation, given)
     if "output" in answer:
-        return Answer("output", answer["output"])
+        return Answer("output", answer["output"], answer["steps"])
     ((kind, message),) = answer.items()
     return Answer(kind, message=message)
 
@@ -58,6 +58,15 @@ def difference(vector: Vector) -> object:
     found = asked(vector.operation, vector.input)
     assert found.kind in ("output", "refused"), f"{vector.id}: {found.message}"
     return compare(vector.operation, vector.input, expected, found, vector.bounds)
+
+
+@pytest.mark.parametrize("operation", sorted(oracle_port.STEPS))
+def test_every_step(operation: str) -> None:
+    mine = [vector for vector in VECTORS if vector.operation == operation and vector.steps]
+    assert mine
+    for vector in mine:
+        steps = asked(operation, vector.input).steps
+        assert {name: steps[name] for name in vector.steps} == vector.steps, vector.id
 
 
 def test_a_wrong_output_differs() -> None:
@@ -207,8 +216,9 @@ def test_adamw(data: st.DataObject, dtype: str, n: int, updates: int) -> None:
 
 
 @few
-@given(st.integers(0, 120), st.integers(1, 100), st.integers(0, 20), st.floats(0, 1))
-def test_learning_rate(step: int, steps: int, warmup: int, lr: float) -> None:
+@given(st.data(), st.integers(1, 100), st.integers(0, 20), st.floats(0, 1))
+def test_learning_rate(data: st.DataObject, steps: int, warmup: int, lr: float) -> None:
+    step = data.draw(st.integers(0, steps))
     for schedule in (*oracle.SCHEDULES, "none"):
         given = {"step": step, "steps": steps, "warmup": warmup, "schedule": schedule}
         expected = REFERENCE.run("drawn", "learning_rate", {**given, "lr": oracle_port.float64_bits(lr)})
@@ -243,7 +253,7 @@ def test_it_speaks_the_protocol() -> None:
     started, *answers = map(json.loads, done.stdout.splitlines())
     assert started == {"version": 1, "name": "oracle", "operations": list(oracle_port.OPERATIONS)}
     assert answers[0] == {"id": "e", "output": {"x": "3c00"}}
-    assert answers[1] == {"id": "q", "output": vector.output}
+    assert (answers[1]["id"], answers[1]["output"]) == ("q", vector.output)
     assert [set(answer) for answer in answers[2:]] == [
         {"id", "refused"},
         {"id", "skipped"},
