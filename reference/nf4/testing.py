@@ -86,16 +86,15 @@ def bit_patterns(draw: st.DrawFn, dtype: str, size: int | None = None, finite: b
 
 
 def _scale_bits(dtype: str) -> st.SearchStrategy[int]:
-    """Bits of an absmax: 1, any power of two, beside a landmark, 0, one of the tiniest, or any."""
-    end = INFINITY[dtype] - 1
+    """Bits of an absmax: 1, any power of two, beside a landmark, about 1, any, or 0 and the tiniest."""
+    one, end = _LANDMARKS[dtype][0], INFINITY[dtype] - 1
     bits = {"float32": 23, "float16": 10, "bfloat16": 7}[dtype]
     power = st.integers(1, (INFINITY[dtype] >> bits) - 1).map(lambda exponent: exponent << bits)
     beside = st.builds(
         lambda at, step: min(max(at + step, 0), end), st.sampled_from(_LANDMARKS[dtype]), st.integers(-2, 2)
     )
-    return st.one_of(
-        st.just(_LANDMARKS[dtype][0]), power, beside, st.just(0), st.integers(0, 300), st.integers(0, end)
-    )
+    about_one = st.integers(one - (4 << bits), one + (4 << bits))
+    return st.one_of(st.just(one), power, beside, about_one, st.integers(0, end), st.integers(0, 300))
 
 
 @st.composite

@@ -24,11 +24,11 @@ class Correct:
 
 
 class CodeOfTies(Correct):
-    """Values on a threshold go up."""
+    """Values on a threshold go up, in arrays of one block."""
 
     def quantize(self, **fields: Any) -> Any:
         x = fields["x"]
-        if x.dtype == np.float32:
+        if x.dtype == np.float32 and x.size <= fields["block_size"]:
             fields["x"] = np.where(np.abs(x) < np.abs(x).max(initial=0), np.nextafter(x, np.float32(9)), x)
         return reference.quantize(**fields)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nf4.blockwise import block_count
 from nf4.codebooks import CODEBOOKS
 from nf4.conform import reference
+from nf4.conform.bugs import BUGS
 from nf4.errors import InputError
 from nf4.floats import DTYPES, widen
 from nf4.nested import NestedAbsmax
@@ -241,6 +242,30 @@ def test_each_property_catches_a_wrong_port(name: str) -> None:
     tests = conformance_tests(CAUGHT[name](), examples=60)()
     with pytest.raises(AssertionError):
         getattr(tests, f"test_{name}")()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("NibbleOrder", "every_byte_decodes"),
+        ("BlocksRestartAtRows", "the_shape_does_not_matter"),
+        ("NonFiniteAccepted", "nan_and_infinity_are_refused"),
+        ("TruncatedConversion", "sixteen_bits_are_the_rounded_thirty_two"),
+        ("FlushSubnormal", "every_byte_decodes"),
+    ],
+)
+def test_properties_catch_the_wrong_ports_of_flags(flag: str, name: str) -> None:
+    with pytest.raises(AssertionError):
+        getattr(conformance_tests(BUGS[flag])(), f"test_{name}")()
+
+
+@pytest.mark.parametrize(
+    ("flag", "operation"),
+    [("TieRule", "quantize"), ("FmaContraction", "decode_absmax"), ("CodebookRounded", "dequantize")],
+)
+def test_drawn_inputs_catch_the_wrong_ports_of_flags(flag: str, operation: str) -> None:
+    with pytest.raises(AssertionError, match=f"{operation}: .*expected"):
+        conformance_tests(BUGS[flag], examples=200)().test_like_the_reference(operation)
 
 
 def test_the_search_and_the_vectors_catch_a_wrong_port(tmp_path: Path) -> None:

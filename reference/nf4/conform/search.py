@@ -118,7 +118,7 @@ def _ask(port: Port, truth: Port, id: str, operation: str, question: Fields) -> 
     return Found(operation, question, expected, got, difference)
 
 
-_dtypes = st.sampled_from(list(DTYPES))
+_dtypes = st.sampled_from(["float32", *DTYPES])  # every other one float32, which shows the most
 _training_dtypes = st.sampled_from(["float32", "bfloat16"])
 _codebooks = st.sampled_from(list(CODEBOOKS))
 _block_sizes = st.one_of(st.sampled_from([32, 64]), st.sampled_from(BLOCK_SIZES))
