@@ -59,7 +59,7 @@ def narrow(x: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def _set_quiet_nans(out: NDArray[Any], nan: NDArray[np.bool_], quiet: int) -> None:
-    """Give out, where nan is true, the bits of quiet with the sign there: what a cast gives is the machine's."""
+    """Give out, where nan is true, the bits of quiet with its sign: what a cast gives is the machine's."""
     bits = out.view(np.dtype(f"u{out.itemsize}"))
     sign = 1 << 8 * out.itemsize - 1
     bits[nan] = bits[nan] & sign | quiet

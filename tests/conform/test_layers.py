@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from nf4.codebooks import CODEBOOKS
 from nf4.conform.layers import Defect, LayerSpec, Saved, find_defects
+from nf4.conform.python_port import PythonPort
+from nf4.conform.report import as_html, failures, notes, run_json, verdict
+from nf4.conform.run import Run, search_layers
 from nf4.floats import narrow, widen
 from nf4.nested import NestedAbsmax
 from nf4.tensor import QuantizedTensor, dequantize, quantize
@@ -188,3 +191,36 @@ def test_unsteady_libraries_are_reported_too() -> None:
             return y * y.dtype.type(2) if len(turns) == 3 else y
 
     assert len(planted(Unsteady, examples=30)) == 1
+
+
+def test_a_run_of_the_kit_tells_the_defects_and_what_can_t_be_shown() -> None:
+    class Halves(Layer):
+        def dequantize(self) -> Array:
+            return super().dequantize() / 2
+
+    port = Port()
+    port.layer = Halves
+    port.limits = lambda: ["no such processor here"]  # type: ignore[method-assign]
+    run = Run("planted", ("--python", "planted"))
+    search_layers(run, port, examples=20)
+    assert run.exit_code == 1
+    assert "DEFECT of planted: dequantize gives wrong values\n  1. quantize a float32 weight" in failures(
+        run, {}
+    )
+    assert "remark: no such processor here" in notes(run)
+    assert verdict(run).endswith("histories of a layer show 1 defects; 0.0 s")
+    assert run_json(run)["defects"][0]["steps"][1] == "dequantize"
+    assert "dequantize gives wrong values" in as_html(run, {}, "2026-01-01")
+
+
+def test_a_python_port_gives_its_layers() -> None:
+    class Target:
+        def quantize(self) -> None:
+            raise NotImplementedError
+
+        def layers(self) -> Port:
+            return Port()
+
+    layers = PythonPort(Target(), "target").layers
+    assert layers is not None
+    assert find_defects(layers, examples=5) == []

@@ -147,3 +147,26 @@ def test_the_command_prints_the_board(make: Make, monkeypatch: pytest.MonkeyPatc
     refused = CliRunner().invoke(main, ["conform", "--scoreboard", "--", "my-port"])
     assert refused.exit_code == 2
     assert "name no port" in refused.stderr
+
+
+def test_what_histories_of_a_layer_show_stands_under_the_board(tmp_path: Path, make: Make) -> None:
+    script = tmp_path / "layered.py"
+    found = {"defects": [{"library": "L", "title": "wrong", "steps": ["make", "call"], "detail": "2, not 1"}]}
+    answer = json.dumps(found | {"limits": ["No such processor."]})
+    script.write_text(
+        f"import sys\nif sys.argv[1:] == ['layers']:\n    print({answer!r})\n    sys.exit()\n"
+        + LIBRARY.format(before="pass", after="pass")
+    )
+    entry = Entry("l", "L", {"l": "1.0"}, "pip install l", (sys.executable, str(script)), layers=True)
+    (score,) = scoreboard.run([entry], VECTORS)
+    board = scoreboard.markdown([score])
+    assert "| what histories of calls of L's layer show | the shortest found |" in board
+    assert "| wrong | make; call; 2, not 1 |" in board
+    assert "No such processor." in board
+    assert scoreboard.as_json([score])["libraries"][0]["defects"] == found["defects"]
+
+
+def test_a_search_of_a_layer_that_fails_is_told(make: Make) -> None:
+    broken = make("broken")
+    entry = Entry(*(getattr(broken, f) for f in ("name", "title", "versions", "install")), ("false",), True)
+    assert scoreboard._histories(entry)[1][0].startswith("Broken: the search of its layer failed")

@@ -12,12 +12,12 @@ from nf4.conform.clauses import clause
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.port import HarnessError, Port
 from nf4.conform.report import OUTCOMES, as_html, failures, notes, run_json, tally, verdict
-from nf4.conform.run import Run, execute, known_failures, search_beyond, select
+from nf4.conform.run import Run, execute, known_failures, search_beyond, search_layers, select
 from nf4.conform.vectors import VERSION, Vector, flags, load
 from nf4.errors import InputError
 
 EXAMPLES = 100
-"""Inputs that the search draws for each operation."""
+"""Inputs that the search draws for each operation, and histories for a layer."""
 
 
 @click.command("conform")
@@ -126,6 +126,9 @@ def examine(
             operations = [name for name in OPERATIONS if name in asked]
             with TensorProgress("searching", quiet=quiet) as progress:
                 search_beyond(run, port, operations, EXAMPLES, progress)
+            layers = getattr(port, "layers", None)  # of a Python port alone
+            if layers is not None:
+                search_layers(run, layers, EXAMPLES)
     except HarnessError as error:
         run.broken = str(error)
     finally:

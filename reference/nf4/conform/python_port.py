@@ -11,11 +11,14 @@ from collections.abc import Iterator, Mapping
 from functools import reduce
 from importlib import import_module
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nf4.conform import values
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.port import Answer, HarnessError
+
+if TYPE_CHECKING:
+    from nf4.conform.layers import LayerPort
 
 
 class PythonPort:
@@ -26,7 +29,8 @@ class PythonPort:
     "steps", a dict, if it likes), a tuple in the order of the table, or the value where there is one and
     it is no dict; arrays of any shape, their dtypes exact. ValueError and OverflowError refuse the
     input, NotImplementedError skips it, any other exception is an error of the port. A function that is
-    missing is an operation not offered.
+    missing is an operation not offered. A function `layers` of no arguments returns a LayerPort
+    (nf4.conform.layers), for the search of defects in the state of a library's layers.
     """
 
     def __init__(self, target: object, name: str, timeout: float = math.inf) -> None:
@@ -35,6 +39,7 @@ class PythonPort:
         self._target = target
         self._timeout = timeout
         self.operations = frozenset(name for name in OPERATIONS if callable(getattr(target, name, None)))
+        self.layers: LayerPort | None = target.layers() if hasattr(target, "layers") else None
 
     def run(self, id: str, operation: str, input: Mapping[str, Any]) -> Answer:
         """Call the function of that name. Raises InputError on an input that is not the operation's."""

@@ -98,6 +98,7 @@ def verdict(run: Run) -> str:
     counts = ", ".join(f"{n} {name}" for name, n in (numbers | {"not offered": absent}).items() if n)
     found = sum(result.found and result.bad for result in run.results)
     counts += f"; the search found {found} more" if found else ""
+    counts += f"; histories of a layer show {len(run.defects)} more" if run.defects else ""
     known = sum(result.known for result in run.results if result.outcome in {"failed", "errored"})
     counts += f" ({known} known)" if known else ""
     counts += f"; {run.seconds:.1f} s"
@@ -131,6 +132,7 @@ def failures(run: Run, flags: Mapping[str, str]) -> str:
             ("rerun", rerun(run, results[0])),
         ]
         parts.append(_block(f"ERRORED {len(results)}, no clause is to blame: {message}", rows))
+    parts += [f"DEFECT of {defect.report()}\n" for defect in run.defects]
     parts += [f"STALE  {sentence}\n" for sentence in run.stale]
     return "\n".join(parts)
 
@@ -219,6 +221,7 @@ def run_json(run: Run) -> dict[str, Any]:
       `kind` (refusal, length, value), `what`, `field`, `index`, `count`, `total`, `expected` and `got` (bits)
       with `expected_value` and `got_value`, `step` (the first that differs, or null) and `steps` (those
       expected there).
+    - `defects`: what histories of calls of a layer show, each with `title`, `steps` and `detail`.
     - `groups`: failures by `flag` ("": none) and the `clause` that breaks, with their `ids`.
     - `search`: `seed`, `seconds`, `operations` and `found`: results with `input`, `output` and `refused`
       besides, one of the last two null.
@@ -237,6 +240,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "operations": {"offered": run.offered, "not_offered": run.not_offered},
         "remarks": run.remarks,
         "stale": run.stale,
+        "defects": [{"title": d.title, "steps": list(d.steps), "detail": d.detail} for d in run.defects],
         "groups": [
             {"flag": g.flag, "clause": g.clause, "ids": [result.vector.id for result in g.results]}
             for g in groups(run.results)
@@ -276,6 +280,7 @@ def as_html(run: Run, flags: Mapping[str, str], date: str) -> str:
         f"<code>{esc(shlex.join(['nf4', 'conform', *run.options, *run.subject]))}</code></p>",
     ]
     out += [f'<p class="bad">{esc(sentence)}</p>' for sentence in run.stale]
+    out += [f'<pre class="bad">{esc(defect.report())}</pre>' for defect in run.defects]
     out += [f"<p>{esc(line)}</p>" for line in notes(run).replace("\n  ", " ").splitlines()]
     bugs = [group for group in groups(result for result in run.results if result.bad) if group.flag]
     if bugs:

@@ -15,6 +15,7 @@ from nf4.conform.vectors import Vector
 from nf4.errors import InputError
 
 if TYPE_CHECKING:
+    from nf4.conform.layers import Defect, LayerPort
     from nf4.conform.search import Found
 
 CONFORMS, DIFFERS, BROKEN = 0, 1, 2
@@ -69,6 +70,7 @@ class Run:
     stale: list[str] = field(default_factory=list)  # sentences: entries of known failures that pass
     remarks: list[str] = field(default_factory=list)
     searched: list[str] = field(default_factory=list)
+    defects: list["Defect"] = field(default_factory=list)  # that histories of calls of a layer show
     seed: int = 0
     seconds: float = 0.0  # of the vectors
     search_seconds: float = 0.0
@@ -83,7 +85,8 @@ class Run:
         """0: conforms; 1: does not; 2: the harness is broken, or nothing was run."""
         if self.broken is not None:
             return BROKEN
-        return DIFFERS if self.stale or any(result.bad for result in self.results) else CONFORMS
+        wrong = self.stale or self.defects or any(result.bad for result in self.results)
+        return DIFFERS if wrong else CONFORMS
 
 
 def select(vectors: Sequence[Vector], only: Iterable[str]) -> list[Vector]:
@@ -188,7 +191,18 @@ def search_beyond(
     except HarnessError as error:
         run.broken = f"in the search, {error}"
     finally:
-        run.search_seconds = time.monotonic() - start
+        run.search_seconds += time.monotonic() - start
+
+
+def search_layers(run: Run, port: "LayerPort", examples: int) -> None:
+    """Let Hypothesis look for histories of a layer that go wrong; what can't be shown here is a remark."""
+    from nf4.conform.layers import find_defects
+
+    start = time.monotonic()
+    run.defects += find_defects(port, run.seed, examples)
+    run.searched.append("layers")
+    run.remarks += port.limits()
+    run.search_seconds += time.monotonic() - start
 
 
 def judge(vector: Vector, answer: Answer, known: bool = False, found: bool = False) -> Result:

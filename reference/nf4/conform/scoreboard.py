@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import json
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nf4.bench.machine import describe
@@ -17,6 +19,7 @@ from nf4.conform.run import Result, Run, execute
 from nf4.conform.vectors import Vector
 
 TIMEOUT = 60.0  # seconds for an answer: the first one imports the library
+LAYERS_TIMEOUT = 600.0  # seconds for all histories of a layer
 
 VERDICTS = ("conforms", "differs", "refused", "accepted", "no answer", "not offered")
 """What became of a vector: the same bits; others; refused though it has an answer; answered though it must be
@@ -37,14 +40,20 @@ class Entry:
     versions: dict[str, str] | None
     install: str
     command: tuple[str, ...]
+    layers: bool = False  # the command with `layers` after it prints the defects of its layer
 
 
 @dataclass(frozen=True)
 class Score:
-    """What came of one library: the run of the kit, None where it is not installed."""
+    """What came of one library: the run of the kit, None where it is not installed; and of its layer.
+
+    defects: objects of library, title, steps and detail; limits: sentences on what this machine can't show.
+    """
 
     entry: Entry
     run: Run | None
+    defects: list[dict[str, Any]] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
 
 
 def entries() -> list[Entry]:
@@ -62,6 +71,7 @@ def entries() -> list[Entry]:
                 "nf4.conform.libraries",
                 name,
             ),  # -P: not what lies where it is called
+            library.layers,
         )
         for name, library in LIBRARIES.items()
     ]
@@ -92,8 +102,24 @@ def run(
             else:
                 execute(result, port, vectors, {})
                 port.close()
-        scores.append(Score(entry, result))
+        scores.append(Score(entry, result, *_histories(entry)))
     return scores
+
+
+def _histories(entry: Entry) -> tuple[list[dict[str, Any]], list[str]]:
+    """What histories of calls of a library's layer show, and what they can't show here."""
+    if not entry.layers:
+        return [], []
+    try:
+        done = subprocess.run(
+            [*entry.command, "layers"], capture_output=True, text=True, check=True, timeout=LAYERS_TIMEOUT
+        )
+        found = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        return [], [f"{entry.title}: the search of its layer took more than {LAYERS_TIMEOUT} s"]
+    except (subprocess.CalledProcessError, ValueError) as error:
+        return [], [f"{entry.title}: the search of its layer failed: {error}"]
+    return found["defects"], found["limits"]
 
 
 def verdict(result: Result) -> str:
@@ -151,10 +177,27 @@ def markdown(scores: Sequence[Score]) -> str:
         lines += _table([score for score in ran if _has_nf4(score) == with_nf4])
     lines += ["", "| library | versions | vectors | differences look like |", "|---|---|---|---|"]
     lines += [_summary(score) for score in ran]
+    for score in scores:
+        lines += _defects(score)
     absent = [score.entry for score in scores if score.run is None]
     if absent:
         lines += ["", "Not installed: " + "; ".join(f"{e.title} (`{e.install}`)" for e in absent) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _defects(score: Score) -> list[str]:
+    """What histories of calls show of a library's layer, as a table."""
+    lines = []
+    if score.defects:
+        lines += [
+            "",
+            f"| what histories of calls of {score.entry.title}'s layer show | the shortest found |",
+            "|---|---|",
+        ]
+        for defect in score.defects:
+            steps = "; ".join([*defect["steps"], defect["detail"]])
+            lines.append(f"| {defect['title']} | {steps} |".replace("\n", " "))
+    return lines + [line for limit in score.limits for line in ("", limit)]
 
 
 def _place(id: str) -> int:
@@ -223,6 +266,8 @@ def _json(score: Score) -> dict[str, Any]:
         "installed": True,
         "stopped": result.broken,
         "looks_like": dict(looks_like(score)),
+        "defects": score.defects,
+        "limits": score.limits,
         "clauses": {id: dict(count) for id, count in by_clause(score).items()},
         "vectors": [
             {

@@ -15,10 +15,11 @@ class Library:
 
     title: str
     distributions: tuple[str, ...]
+    layers: bool = False  # whether its module has layers(), a LayerPort
 
 
 LIBRARIES: dict[str, Library] = {
-    "bitsandbytes": Library("bitsandbytes", ("bitsandbytes", "torch")),
+    "bitsandbytes": Library("bitsandbytes", ("bitsandbytes", "torch"), layers=True),
     "torchao": Library("torchao", ("torchao", "torch")),
     "onnxruntime": Library("ONNX Runtime", ("onnxruntime", "onnx")),
     "openvino": Library("NNCF and OpenVINO", ("nncf", "openvino")),

@@ -1,13 +1,19 @@
-"""A library as a program that speaks the protocol (NF4-13.4): `python -m nf4.conform.libraries NAME`."""
+"""A library as a program that speaks the protocol (NF4-13.4): `python -m nf4.conform.libraries NAME`.
 
+With `layers` after the name: the defects that histories of its layer show, as one JSON object.
+"""
+
+import contextlib
 import importlib
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+from nf4.conform.layers import LayerPort, find_defects
 from nf4.conform.libraries import LIBRARIES, versions
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.protocol import VERSION
@@ -62,7 +68,18 @@ def _answer(port: PythonPort, question: dict[str, Any]) -> dict[str, Any]:
     return {"id": question["id"], answer.kind: answer.message}
 
 
+def show_defects(port: LayerPort) -> None:
+    """Print what histories of calls show, and what this machine can't show."""
+    with contextlib.redirect_stdout(sys.stderr):
+        defects = find_defects(port)
+    print(json.dumps({"defects": [asdict(defect) for defect in defects], "limits": port.limits()}))
+
+
 if __name__ == "__main__":
     name = sys.argv[1]
     module = importlib.import_module(f"nf4.conform.libraries.{name}")
+    if sys.argv[2:] == ["layers"]:
+        warnings.simplefilter("ignore")
+        show_defects(module.layers())
+        sys.exit()
     serve(PythonPort(Refusing(module), name), " ".join([name, *(versions(LIBRARIES[name]) or {}).values()]))

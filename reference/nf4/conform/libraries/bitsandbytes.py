@@ -8,6 +8,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from nf4.conform.layers import LayerPort
+from nf4.conform.libraries.bitsandbytes_layers import BitsandbytesLayers
 from nf4.conform.libraries.tensors import to_numpy, to_torch, torch_dtype
 
 Arrays = dict[str, NDArray[Any]]
@@ -68,6 +70,11 @@ def dequantize_double(
     state.nested, state.offset = True, to_torch(offset)[0]
     state.state2 = _nested_state(nested_absmax, map)
     return to_numpy(_functional().dequantize_4bit(to_torch(codes).reshape(-1, 1), state))
+
+
+def layers() -> LayerPort:
+    """Return its Linear4bit, for the search of defects in its state."""
+    return BitsandbytesLayers()
 
 
 def _functional() -> Any:
