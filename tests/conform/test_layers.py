@@ -208,7 +208,7 @@ def test_a_run_of_the_kit_tells_the_defects_and_what_can_t_be_shown() -> None:
         run, {}
     )
     assert "remark: no such processor here" in notes(run)
-    assert verdict(run).endswith("histories of a layer show 1 defects; 0.0 s")
+    assert verdict(run).endswith("histories of a layer show 1 more; 0.0 s")
     assert run_json(run)["defects"][0]["steps"][1] == "dequantize"
     assert "dequantize gives wrong values" in as_html(run, {}, "2026-01-01")
 
