@@ -35,42 +35,42 @@ def stream(name: str) -> Outputs:
 
 def uniform(seed: Scalar, stream: Scalar, sample: Scalar, n: int) -> Outputs:
     """Return y float32 [n] (NF4-11.3)."""
-    return {"y": random.uniform(_one(seed), _one(stream), n, _one(sample))}
+    return {"y": random.uniform(scalar(seed), scalar(stream), n, scalar(sample))}
 
 
 def keep_mask(seed: Scalar, stream: Scalar, sample: Scalar, n: int, p: Scalar) -> Outputs:
     """Return mask uint8 [n], 1 where the element is kept (NF4-11.4)."""
-    mask = random.keep_mask(_one(seed), _one(stream), _one(sample), n, _one(p))
+    mask = random.keep_mask(scalar(seed), scalar(stream), scalar(sample), n, scalar(p))
     return {"mask": mask.astype(np.uint8)}
 
 
 def permutation(seed: Scalar, epoch: Scalar, n: int) -> Outputs:
     """Return order uint32 [n] (NF4-11.5)."""
-    return {"order": random.permutation(_one(seed), _one(epoch), n).astype(np.uint32)}
+    return {"order": random.permutation(scalar(seed), scalar(epoch), n).astype(np.uint32)}
 
 
 def init_adapter(seed: Scalar, name: str, in_features: int, rank: int, dtype: str) -> Outputs:
     """Return A [rank, in_features] in dtype (NF4-9.3)."""
-    lora = init_lora(name, in_features, 1, rank, 1.0, 0.0, _one(seed), dtype=_dtype(dtype))
+    lora = init_lora(name, in_features, 1, rank, 1.0, 0.0, scalar(seed), dtype=_dtype(dtype))
     return {"A": lora.A}
 
 
 def init_matrix(seed: Scalar, name: str, n: int) -> Outputs:
     """Return y float32 [n] (NF4-10.10)."""
-    return {"y": init.normal(_one(seed), random.stream_of(name), n)}
+    return {"y": init.normal(scalar(seed), random.stream_of(name), n)}
 
 
 def lora_forward(x: Array, **layer: Any) -> Outputs:
     """Return y [T, out] of x [T, in] and the fields of a layer (NF4-9.1, NF4-9.2, NF4-9.4)."""
-    linear, dropout = _linear(**layer)
-    return {"y": linear.forward(_rows(x, layer["shape"][1], dropout), dropout)[0]}
+    linear, dropout = linear_layer(**layer)
+    return {"y": linear.forward(token_rows(x, layer["shape"][1], dropout), dropout)[0]}
 
 
 def lora_backward(x: Array, dout: Array, **layer: Any) -> Outputs:
     """Return dx [T, in], dA [rank, in] and dB [out, rank] of dout [T, out] (NF4-9.5)."""
-    linear, dropout = _linear(**layer)
-    _, cache = linear.forward(_rows(x, layer["shape"][1], dropout), dropout)
-    return _gradients(linear, _rows(dout, layer["shape"][0], dropout), cache)
+    linear, dropout = linear_layer(**layer)
+    _, cache = linear.forward(token_rows(x, layer["shape"][1], dropout), dropout)
+    return _gradients(linear, token_rows(dout, layer["shape"][0], dropout), cache)
 
 
 def adamw(
@@ -92,24 +92,24 @@ def adamw(
         raise InputError(f"AdamW updates float32 or bfloat16, not {dtype}")
     params = {"p": p.reshape(shape).copy()}
     optimizer = AdamW(
-        params, betas=(_one(beta1), _one(beta2)), eps=_one(eps), weight_decay=_one(weight_decay)
+        params, betas=(scalar(beta1), scalar(beta2)), eps=scalar(eps), weight_decay=scalar(weight_decay)
     )
     optimizer.restore(updates, {"p": m.reshape(shape)}, {"p": v.reshape(shape)})
     with np.errstate(over="ignore", under="ignore"):
-        optimizer.step({"p": g.reshape(shape)}, _one(lr))
+        optimizer.step({"p": g.reshape(shape)}, scalar(lr))
     return {"p": params["p"], "m": optimizer.m["p"], "v": optimizer.v["p"]}
 
 
 def learning_rate(step: int, steps: int, warmup: int, schedule: str, lr: Scalar) -> Outputs:
     """Return lr float64 [1] of a step (NF4-10.6)."""
-    rate = rate_of_step(step, steps=steps, lr=_one(lr), schedule=schedule, warmup=warmup)
+    rate = rate_of_step(step, steps=steps, lr=scalar(lr), schedule=schedule, warmup=warmup)
     return {"lr": np.array([rate])}
 
 
 def clip(gradients: dict[str, Array], max_norm: Scalar) -> Outputs:
     """Return norm float64 [1], before clipping, and gradients, after it (NF4-10.7)."""
     clipped = {name: g.copy() for name, g in gradients.items()}
-    return {"norm": np.array([_clip(clipped, _one(max_norm))]), "gradients": clipped}
+    return {"norm": np.array([_clip(clipped, scalar(max_norm))]), "gradients": clipped}
 
 
 def example_order(
@@ -120,7 +120,7 @@ def example_order(
         raise InputError(f"{examples} examples can't be put in an order; there must be at least one")
     order = data.ordering(
         lengths if lengths is not None else [1] * examples,
-        seed=_one(seed),
+        seed=scalar(seed),
         batch_size=batch,
         group_by_length=lengths is not None,
     )
@@ -129,7 +129,7 @@ def example_order(
 
 def held_out(seed: Scalar, examples: int) -> Outputs:
     """Return order uint32 [max(1, examples // 10)]: the examples held out, as drawn (NF4-10.8)."""
-    return {"order": data.held_out(_one(seed), examples).astype(np.uint32)}
+    return {"order": data.held_out(scalar(seed), examples).astype(np.uint32)}
 
 
 def loss(logits: NDArray[np.float32], vocabulary: int, targets: list[int], parts: list[int]) -> Outputs:
@@ -175,25 +175,25 @@ def lora_step(
     q = quantize(
         weight.reshape(layer["shape"]), layer["block_size"], layer["codebook"], double_quant=double_quant
     )
-    linear, dropout = _linear(quantized=q, **layer)
-    y, cache = linear.forward(_rows(x, in_features, dropout), dropout)
+    linear, dropout = linear_layer(quantized=q, **layer)
+    y, cache = linear.forward(token_rows(x, in_features, dropout), dropout)
     loss_and_gradient = loss(y, out_features, targets, [len(y)])
     found = _gradients(linear, loss_and_gradient["dlogits"], cache)
     lora = linear.lora
     assert lora is not None
     grads = {"A": found["dA"].copy(), "B": found["dB"].copy()}
-    norm = _clip(grads, _one(max_norm))
+    norm = _clip(grads, scalar(max_norm))
     optimizer = AdamW(
         {"A": lora.A, "B": lora.B},
-        betas=(_one(beta1), _one(beta2)),
-        eps=_one(eps),
-        weight_decay=_one(weight_decay),
+        betas=(scalar(beta1), scalar(beta2)),
+        eps=scalar(eps),
+        weight_decay=scalar(weight_decay),
     )
-    optimizer.step(grads, _one(lr))
+    optimizer.step(grads, scalar(lr))
     return {"loss": loss_and_gradient["loss"], **found, "norm": np.array([norm]), "A": lora.A, "B": lora.B}
 
 
-def _linear(
+def linear_layer(
     shape: list[int],
     dtype: str,
     block_size: int,
@@ -223,22 +223,23 @@ def _linear(
         )
     if len(lengths) != len(samples):
         raise InputError(f"{len(lengths)} lengths of sequences and {len(samples)} samples")
-    random.drop_threshold(_one(dropout))
-    if not math.isfinite(_one(alpha)):
-        raise InputError(f"alpha is {_one(alpha)}; it must be a finite number")
+    random.drop_threshold(scalar(dropout))
+    if not math.isfinite(scalar(alpha)):
+        raise InputError(f"alpha is {scalar(alpha)}; it must be a finite number")
     if quantized is None:
         assert codes is not None
         assert absmax is not None
         quantized = QuantizedTensor(
             codes, absmax, tuple(shape), _dtype(dtype), block_size, get_codebook(codebook)
         )
-    scale = _one(alpha) / (math.sqrt(rank) if rslora else rank)
+    scale = scalar(alpha) / (math.sqrt(rank) if rslora else rank)
     factors = A.reshape(rank, shape[1]).copy(), B.reshape(shape[0], rank).copy()
-    lora = LoRA(*factors, scale, _one(dropout), _one(stream))
-    return LoRALinear(quantized, bias, lora), Dropout(_one(seed), tuple(lengths), tuple(samples))
+    lora = LoRA(*factors, scale, scalar(dropout), scalar(stream))
+    return LoRALinear(quantized, bias, lora), Dropout(scalar(seed), tuple(lengths), tuple(samples))
 
 
-def _rows(x: Array, features: int, dropout: Dropout) -> Array:
+def token_rows(x: Array, features: int, dropout: Dropout) -> Array:
+    """x as [T, features]; raises InputError unless T is that of the sequences."""
     rows = x.reshape(-1, features)
     if len(rows) != sum(dropout.lengths):
         raise InputError(f"{len(rows)} rows, but sequences of {sum(dropout.lengths)} in all")
@@ -275,7 +276,7 @@ def _dtype(name: str) -> np.dtype[Any]:
     return kind
 
 
-def _one(value: Scalar) -> Any:
+def scalar(value: Scalar) -> Any:
     """The number in an array of one element. Raises InputError for more or fewer."""
     array = np.asarray(value)
     if array.size != 1:

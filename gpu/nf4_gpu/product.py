@@ -1,0 +1,133 @@
+"""y = x W^T and dx = dy W with a quantized W: few rows without writing W out, more rows through cuBLAS."""
+
+from typing import Any
+
+import cupy
+from cupy.cuda import runtime
+from nf4.errors import InputError
+from nf4.floats import FLOAT32
+from nf4.nested import NESTED_BLOCK_SIZE, NestedAbsmax
+from nf4.tensor import QuantizedTensor
+
+from nf4_gpu.arrays import KINDS, address, check_output, on_device, scratch
+from nf4_gpu.blas import multiply
+from nf4_gpu.codebooks import tables
+from nf4_gpu.compile import capability, kernel, processors
+from nf4_gpu.tensor import check_tensor, dequantize
+
+FEW = 64  # rows of x up to which the kernel is faster than decoding and cuBLAS
+_NEEDS = 80  # bfloat16 on tensor cores, asynchronous copies
+_STAGE, _TABLE_BYTES = 256, 256 * 32 * 4  # as in product.cu
+
+
+def matmul(x: Any, q: QuantizedTensor, out: Any = None) -> cupy.ndarray:
+    """Return x W^T for x [..., in] and the W [out, in] of q, as [..., out] in the dtype of x (NF4-4.3).
+
+    x is a contiguous device array of float32, float16 or bfloat16, whose leading dimensions are rows; out is
+    one of the result's shape. Deterministic: the same bits on every run and stream. Raises InputError where
+    shapes, dtypes or devices do not fit.
+    """
+    x = on_device(x, "x")
+    outputs, inputs = _matrix(q)
+    _check_rows(x, "x", inputs, q)
+    shape = (*x.shape[:-1], outputs)
+    y = cupy.empty(shape, x.dtype) if out is None else check_output(out, (shape,), x.dtype)
+    rows = y.size // outputs if outputs else 0
+    if rows == 0:
+        return y
+    if rows <= FEW and _fits(x, q):
+        _few_rows(x, rows, q, y)
+    else:
+        _many_rows(x.reshape(rows, inputs), q, y.reshape(rows, outputs), transposed=True)
+    return y
+
+
+def matmul_transposed(dy: Any, q: QuantizedTensor, out: Any = None) -> cupy.ndarray:
+    """Return dy W, dy [..., out] times W [out, in] of q, as [..., in] in the dtype of dy: the gradient of x.
+
+    As matmul in everything else (NF4-4.3).
+    """
+    dy = on_device(dy, "dy")
+    outputs, inputs = _matrix(q)
+    _check_rows(dy, "dy", outputs, q)
+    shape = (*dy.shape[:-1], inputs)
+    dx = cupy.empty(shape, dy.dtype) if out is None else check_output(out, (shape,), dy.dtype)
+    rows = dx.size // inputs if inputs else 0
+    if rows:
+        _many_rows(dy.reshape(rows, outputs), q, dx.reshape(rows, inputs), transposed=False)
+    return dx
+
+
+def _matrix(q: QuantizedTensor) -> tuple[int, int]:
+    check_tensor(q)
+    if len(q.shape) != 2:
+        raise InputError(f"the weight is of shape {list(q.shape)}; a product needs [out, in]")
+    return q.shape[0], q.shape[1]
+
+
+def _check_rows(x: cupy.ndarray, what: str, columns: int, q: QuantizedTensor) -> None:
+    if x.dtype not in KINDS or x.ndim == 0 or x.shape[-1] != columns:
+        raise InputError(
+            f"{what} is {x.dtype} {list(x.shape)}; it must be float32, float16 or bfloat16 [..., {columns}] "
+            f"for a weight {list(q.shape)}"
+        )
+
+
+def _fits(x: cupy.ndarray, q: QuantizedTensor) -> bool:
+    """Whether product.cu takes it: 16-bit rows that are whole chunks, aligned, on a GPU new enough."""
+    outputs, inputs = q.shape
+    return bool(
+        x.dtype != FLOAT32
+        and 0 < inputs < 1 << 31
+        and inputs % min(q.block_size, 64) == 0
+        and outputs < 1 << 31
+        and address(x) % 16 == 0
+        and address(q.codes) % 16 == 0
+        and capability(runtime.getDevice()) >= _NEEDS
+    )
+
+
+def _few_rows(x: cupy.ndarray, rows: int, q: QuantizedTensor, y: cupy.ndarray) -> None:
+    """Launch product.cu, with as many thread blocks as are resident at once."""
+    device = runtime.getDevice()
+    outputs, inputs = q.shape
+    tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
+    block_rows, resident = (256, 1) if tiles > 2 else (128, 2)
+    groups = -(-outputs // block_rows)
+    splits = max(1, min(resident * processors(device) // groups, -(-inputs // _STAGE)))
+    partial = scratch.take("partial", groups * splits * rows * block_rows, cupy.float32)
+    counters = scratch.take("counters", groups, cupy.uint32, zeroed=True)
+    defines = {"DTYPE": KINDS[x.dtype], "BLOCK": q.block_size, "TILES": tiles}
+    absmax: Any = q.absmax
+    name, scales = "multiply", [absmax]
+    if isinstance(absmax, NestedAbsmax):
+        name = "multiply_double"
+        if absmax.block_size != NESTED_BLOCK_SIZE:
+            defines["NESTED_BLOCK"] = absmax.block_size
+        scales = [absmax.codes, absmax.absmax, absmax.offset, absmax.map]
+    buffers = 2 if tiles > 4 else 3
+    shared = _TABLE_BYTES + buffers * (block_rows * _STAGE // 2 + 8 * tiles * (_STAGE + 8) * 2)
+    function = kernel(device, "product.cu", name, shared, **defines)
+    head = (x, rows, inputs, q.codes, outputs, tables(device, q.codebook).values, y, partial, counters)
+    function((groups, splits), (256,), (*head, *scales), shared_mem=shared)
+
+
+def _many_rows(x: cupy.ndarray, q: QuantizedTensor, y: cupy.ndarray, transposed: bool) -> None:
+    """Decode W into this stream's reused memory, and multiply by cuBLAS: y = x W, or x W^T if transposed.
+
+    In float32, W is rounded to its own dtype first, as in NF4-9.2.
+    """
+    if x.shape[1] == 0:
+        y.fill(0)
+        return
+    dtype = x.dtype
+    weight = dequantize(q, out=_weight_memory(q, q.dtype if dtype == FLOAT32 else dtype))
+    if weight.dtype != dtype:
+        wide = _weight_memory(q, dtype)
+        wide[...] = weight
+        weight = wide
+    multiply(x, weight, y, transpose_b=transposed)
+
+
+def _weight_memory(q: QuantizedTensor, dtype: Any) -> cupy.ndarray:
+    return scratch.take(f"weight {dtype}", q.size, dtype)[: q.size].reshape(q.shape)
