@@ -6,7 +6,7 @@ A type is one of
   hexadecimal bits of its elements one after the other (NF4-13.2); "=dtype" is an array of the dtype that the
   input field named so gives;
 - "int", "bool", "str", "ints" (a list of integers), "strs": the JSON value itself;
-- "dtype" ("float32", "float16" or "bfloat16"), "codebook" (a name) and "shape" (a list of counts): likewise;
+- "dtype" ("float32", "float16" or "bfloat16"), "codebook" (a name) and "shape" (a list of sizes): likewise;
 - "bytes": a file as hexadecimal; "files": an object of relative path to such a file;
 - "arrays": an object of name to {"dtype", "shape", "data"}.
 """
