@@ -34,6 +34,8 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         check_block_size(self.block_size)
         check_dtype(self.dtype)
+        if min(self.shape, default=0) < 0:
+            raise InputError(f"shape {list(self.shape)} has a negative size; sizes must be 0 or more")
         blocks = block_count(self.size, self.block_size)
         nested = isinstance(self.absmax, NestedAbsmax)
         scales = self.absmax.codes if isinstance(self.absmax, NestedAbsmax) else self.absmax

@@ -359,6 +359,13 @@ def check_finite(what: str, x: list[int]) -> None:
             raise RefusedError(f"{what} {i} is {bits:08x}: not finite (NF4-12.1, NF4-12.5)")
 
 
+def counted(shape: list[int]) -> int:
+    """The number of elements of a shape."""
+    if any(size < 0 for size in shape):
+        raise RefusedError(f"shape {shape} has a negative size (NF4-1.4)")
+    return math.prod(shape)
+
+
 def check_count(what: str, found: int, expected: int) -> None:
     if found != expected:
         raise RefusedError(f"{what}: {found} where {expected} belong (NF4-12.5)")

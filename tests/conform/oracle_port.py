@@ -73,9 +73,14 @@ def narrow(i: Values) -> Values:
     return {"y": hexadecimal(y, i["dtype"])}
 
 
-def quantize(i: Values) -> Values:
+def quantized(i: Values) -> tuple[bytes, list[int]]:
     x = bits_of(i["x"], i["dtype"])
-    codes, absmax = oracle.quantize(x, i["dtype"], i["block_size"], i["codebook"])
+    oracle.check_count("x", len(x), oracle.counted(i["shape"]))
+    return oracle.quantize(x, i["dtype"], i["block_size"], i["codebook"])
+
+
+def quantize(i: Values) -> Values:
+    codes, absmax = quantized(i)
     return {"codes": codes.hex(), "absmax": hexadecimal(absmax, "float32")}
 
 
@@ -92,8 +97,7 @@ def encode_absmax(i: Values) -> Values:
 
 
 def quantize_double(i: Values) -> Values:
-    x = bits_of(i["x"], i["dtype"])
-    codes, absmax = oracle.quantize(x, i["dtype"], i["block_size"], i["codebook"])
+    codes, absmax = quantized(i)
     return {"codes": codes.hex(), **nested_outputs(*oracle.encode_absmax(absmax))}
 
 
@@ -109,7 +113,7 @@ def decode_absmax(i: Values) -> Values:
 
 
 def decoded(i: Values, absmax: list[int]) -> list[int]:
-    packed, n = bytes.fromhex(i["codes"]), math.prod(i["shape"])
+    packed, n = bytes.fromhex(i["codes"]), oracle.counted(i["shape"])
     return oracle.dequantize(packed, absmax, n, i["dtype"], i["block_size"], i["codebook"])
 
 

@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 from nf4.conform.bugs import BUGS, Plain
 from nf4.conform.compare import compare
@@ -9,6 +10,8 @@ from nf4.conform.diagnose import explain, looks_like
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.port import Answer
 from nf4.conform.python_port import PythonPort
+from nf4.conform.report import groups
+from nf4.conform.run import Run, execute
 from nf4.conform.vectors import Vector, flags, load
 
 VECTORS = load()
@@ -84,6 +87,45 @@ def test_the_diagnosis_names_it_first(flag: str) -> None:
 
 def vector(slug: str) -> Vector:
     return next(vector for vector in VECTORS if vector.id == slug)
+
+
+@pytest.mark.parametrize(
+    ("slug", "clause"),
+    [
+        ("nf4-thresholds", "NF4-3.5"),
+        ("nf4-absmax-smallest", "NF4-3.3"),
+        ("nf4-absmax-2-128", "NF4-3.3"),
+        ("nf4-absmax-tiny-short-block", "NF4-3.3"),
+        ("nf4-bfloat16-extremes", "NF4-3.3"),
+        ("nested-tiny", "NF4-3.3"),
+        ("nf4-odd", "NF4-5.2"),
+        ("nf4-rows-3-20", "NF4-3.1"),
+        ("double-decode-nf4", "NF4-6.4"),
+    ],
+)
+def test_the_clause_that_a_vector_is_about_comes_first(slug: str, clause: str) -> None:
+    assert vector(slug).clauses[0] == clause
+
+
+def test_a_port_without_the_scaling_by_2_64_breaks_that_clause_alone() -> None:
+    run = Run("it", ("--python", "it"))
+    execute(run, PythonPort(BUGS["ReciprocalOverflow"], "it"), VECTORS, {})
+    ((flag, clause),) = {(group.flag, group.clause) for group in groups(run.results)}
+    assert (flag, clause) == ("ReciprocalOverflow", "NF4-3.3")
+
+
+def test_thresholds_of_eight_digits() -> None:
+    """Those of ONNX Runtime and OpenVINO, and those of the other codebooks as they are."""
+    port = BUGS["ThresholdUlp"]
+    found = port.codebook("nf4")["thresholds"].view(np.uint32)
+    right = Plain().codebook("nf4")["thresholds"].view(np.uint32)
+    assert [f"{bits:08x}" for bits in found[found != right]] == [
+        "bf591cd9",
+        "3df64863",
+        "3f006d03",
+        "3f5c89d9",
+    ]
+    assert np.array_equal(port.codebook("fp4")["thresholds"], Plain().codebook("fp4")["thresholds"])
 
 
 def test_a_right_answer_looks_like_nothing() -> None:

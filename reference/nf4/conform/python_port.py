@@ -25,7 +25,8 @@ class PythonPort:
     """Any object or module with functions named as operations (NF4-13.3).
 
     A function gets the input fields as keywords: arrays flat, but for quantize and quantize_double, whose x
-    has its dtype and its shape, so that neither is passed. It returns the output: a dict by field (with
+    has its dtype and its shape, so that neither is passed; an x that no shape fits is refused without a call,
+    as NumPy has no such array. It returns the output: a dict by field (with
     "steps", a dict, if it likes), a tuple in the order of the table, or the value where there is one and
     it is no dict; arrays of any shape, their dtypes exact. ValueError and OverflowError refuse the
     input, NotImplementedError skips it, any other exception is an error of the port. A function that is
@@ -47,8 +48,8 @@ class PythonPort:
             flat = values.from_hex(input["x"], values.resolve("=dtype", input, id), id)
             return Answer("output", {"x": values.to_hex(flat)})
         fields = values.decode_input(operation, input, id)
-        arguments = values.python_arguments(operation, fields)
         try:
+            arguments = values.python_arguments(operation, fields)
             # What it prints is for people; standard output is for the report.
             with contextlib.redirect_stdout(sys.stderr), _time_limit(self._timeout):
                 answer = getattr(self._target, operation)(**arguments)

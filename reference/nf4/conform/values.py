@@ -1,5 +1,6 @@
 """The JSON values of vectors and of the protocol as NumPy arrays, and back (NF4-13.2)."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -114,11 +115,19 @@ def encode_steps(
 
 
 def python_arguments(operation: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the decoded inputs as a Python port gets them: to quantize, x comes in its shape (NF4-13.3)."""
+    """Return the decoded inputs as a Python port gets them: to quantize, x comes in its shape (NF4-13.3).
+
+    Raises InputError where no array has that shape and the elements of x: NumPy refuses it for the port.
+    """
     arguments = dict(fields)
     if operation in {"quantize", "quantize_double"}:
         del arguments["dtype"]  # x has it
-        arguments["x"] = arguments["x"].reshape(arguments.pop("shape"))
+        x, shape = arguments["x"], arguments.pop("shape")
+        if min(shape, default=0) < 0:
+            raise InputError(f"no array has the shape {shape}; its sizes must not be negative (NF4-1.4)")
+        if x.size != math.prod(shape):
+            raise InputError(f"x has {x.size} elements; its shape {shape} has others (NF4-12.5)")
+        arguments["x"] = x.reshape(shape)
     return arguments
 
 
@@ -188,7 +197,9 @@ def _decode_array(where: str, value: Any) -> NDArray[Any]:
         "an object of dtype, shape and data",
     )
     dtype = resolve("=dtype", value, where)
-    shape = _check_plain(f"{where}: shape", "shape", value["shape"])
+    shape = value["shape"]
+    counts = isinstance(shape, list) and all(_is_count(size, 0) for size in shape)
+    _check(f"{where}: shape", counts, shape, "a list of counts")
     flat = from_hex(value["data"], dtype, f"{where}: data")
     try:
         return flat.reshape(shape)
@@ -209,9 +220,9 @@ def _check_plain(where: str, kind: str, value: Any) -> Any:
         fine = isinstance(value, list) and all(isinstance(item, str) for item in value)
         _check(where, fine, value, "a list of strings")
     else:
-        low = 0 if kind == "shape" else 1 - 2**31
-        fine = isinstance(value, list) and all(_is_count(item, low) for item in value)
-        _check(where, fine, value, "a list of counts" if kind == "shape" else "a list of integers")
+        # "shape" too: a size below 0 is for the port to refuse (NF4-1.4)
+        fine = isinstance(value, list) and all(_is_count(item, 1 - 2**31) for item in value)
+        _check(where, fine, value, "a list of integers")
     return value
 
 

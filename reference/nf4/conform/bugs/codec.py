@@ -19,6 +19,14 @@ SMALLEST = {FLOAT32: np.float32(2**-126), BFLOAT16: np.float32(2**-126), FLOAT16
 LARGEST = {BFLOAT16: np.float32(2**128 - 2**120), FLOAT16: np.float32(65504)}
 """The largest number of a dtype."""
 
+EIGHT_DIGITS = {
+    0xBF591CD8: 0xBF591CD9,
+    0x3DF64862: 0x3DF64863,
+    0x3F006D04: 0x3F006D03,
+    0x3F5C89DA: 0x3F5C89D9,
+}
+"""Bits of thresholds of nf4, and of the numbers that 8 decimal digits of them give."""
+
 
 class CodebookRounded(Plain):
     """The values of the codebook have four decimals, as in torchao and many ports (NF4-2.1)."""
@@ -40,6 +48,16 @@ class NearestSearch(Plain):
     def ranks(self, s: Array, distinct: Array) -> Array:
         nearest: Array = np.abs(s[:, None] - distinct).argmin(axis=1)
         return nearest
+
+
+class ThresholdUlp(Plain):
+    """Four thresholds of nf4 are an ulp off: constants of 8 digits, as in ONNX Runtime (NF4-2.3)."""
+
+    def thresholds(self, distinct: Array) -> Array:
+        bits = super().thresholds(distinct).view(np.uint32)
+        for right, wrong in EIGHT_DIGITS.items():
+            bits[bits == right] = wrong
+        return bits.view(np.float32)
 
 
 class TieRule(Plain):
@@ -77,6 +95,28 @@ class AbsmaxClamped(Plain):
 
     def bounded(self, absmax: Array) -> Array:
         return np.maximum(absmax, np.float32(1e-38))
+
+
+class ScaleRounded16(Plain):
+    """The scale is rounded to float16, as in OpenVINO (NF4-3.2)."""
+
+    def absmax(self, blocks: list[Array]) -> Array:
+        return self.widened(self.narrowed(super().absmax(blocks), FLOAT16))
+
+
+class ReciprocalOverflow(Plain):
+    """Up to 2^-128 the reciprocal is infinite, as in ONNX Runtime; a NaN is above no threshold (NF4-3.3)."""
+
+    def scaled(self, x: Array, absmax: Array, tail: Array) -> Array:
+        s = x * self.reciprocal(absmax)
+        return self.kept(np.where(np.isnan(s), np.float32(-np.inf), s))
+
+
+class ReciprocalClamped(Plain):
+    """The reciprocal is that of at least 1e-38, as in full blocks of bitsandbytes' CPU code (NF4-3.3)."""
+
+    def scaled(self, x: Array, absmax: Array, tail: Array) -> Array:
+        return self.kept(x * self.reciprocal(np.maximum(absmax, np.float32(1e-38))))
 
 
 class ReciprocalApproximation(Plain):

@@ -42,9 +42,12 @@ class FieldsUnchecked(Plain):
 
 
 class ShapeUnchecked(Plain):
-    """Sizes are not looked at (NF4-8.2, NF4-8.7)."""
+    """Sizes are not looked at; of a tensor to decode they are multiplied (NF4-1.4, NF4-8.2, NF4-8.7)."""
 
     accepted = "isn't a list of non-negative integers|is absurd|and this model and r need"
+
+    def counted(self, shape: list[int]) -> int:
+        return math.prod(shape)
 
 
 class OffsetsUnchecked(Plain):

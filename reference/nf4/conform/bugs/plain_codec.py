@@ -47,6 +47,12 @@ class PlainCodec:
             raise InputError(f"{what} has {array.size} elements, must have {count}")
         return array
 
+    def counted(self, shape: list[int]) -> int:
+        """The number of elements of a shape, none of whose sizes is negative (NF4-1.4)."""
+        if min(shape, default=0) < 0:
+            raise InputError(f"shape {shape} has a negative size")
+        return math.prod(shape)
+
     def check_finite(self, what: str, x: Array) -> None:
         """NF4-12.1, NF4-12.5."""
         bad = np.flatnonzero(~np.isfinite(x))
@@ -147,7 +153,12 @@ class PlainCodec:
 
     def ranks(self, s: Array, distinct: Array) -> Array:
         """The number of thresholds strictly below s (NF4-3.5), of ascending values."""
-        return np.searchsorted(thresholds(distinct), s, side="left")
+        return np.searchsorted(self.thresholds(distinct), s, side="left")
+
+    def thresholds(self, distinct: Array) -> Array:
+        """RN of the midpoints of ascending float32 values, whose sums are exact in float64 (NF4-2.2)."""
+        wide = distinct.astype(np.float64)
+        return ((wide[:-1] + wide[1:]) / 2).astype(np.float32)
 
     def codes_of(self, ranks: Array, codes: Array) -> Array:
         """The code of each rank (NF4-2.2)."""
@@ -228,7 +239,7 @@ class PlainCodec:
     def codebook(self, codebook: str) -> Outputs:
         """Values and thresholds (NF4-2.1 to NF4-2.3)."""
         values = self.values(codebook)
-        return {"values": values, "thresholds": thresholds(ranked(values)[0])}
+        return {"values": values, "thresholds": self.thresholds(ranked(values)[0])}
 
     def widen(self, x: Array, dtype: str) -> Outputs:
         """NF4-7.1."""
@@ -291,7 +302,7 @@ class PlainCodec:
         """y of shape (NF4-4)."""
         self.check_dtype(dtype)
         block_size = self.usable(block_size)
-        values, n = self.values(codebook), math.prod(shape)
+        values, n = self.values(codebook), self.counted(shape)
         codes = self.fitting("codes", codes, -(-n // 2))
         absmax = self.fitting("absmax", absmax, -(-n // block_size))
         return {"y": self.decoded(codes, absmax, shape, dtype_of(dtype), block_size, values)}
@@ -318,12 +329,6 @@ class PlainCodec:
         blocks = -(-elements // block_size)
         scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if double_quant else 4 * blocks
         return {"bytes": -(-elements // 2) + scales}
-
-
-def thresholds(distinct: Array) -> Array:
-    """RN of the midpoints of ascending float32 values, whose sums are exact in float64 (NF4-2.2)."""
-    wide = distinct.astype(np.float64)
-    return ((wide[:-1] + wide[1:]) / 2).astype(np.float32)
 
 
 def ranked(values: Array) -> tuple[Array, Array]:

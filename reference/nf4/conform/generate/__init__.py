@@ -30,9 +30,9 @@ def make(
     has a tolerance, and is known better than the reference computes it.
     """
     given = encode_input(operation, fields, slug)
-    arguments = python_arguments(operation, decode_input(operation, given, slug))
     answer = None
     try:
+        arguments = python_arguments(operation, decode_input(operation, given, slug))
         answer = encode_output(operation, getattr(reference, operation)(**arguments), given, slug)
     except InputError as error:
         if refused is None:

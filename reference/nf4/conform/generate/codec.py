@@ -116,7 +116,7 @@ def _codebooks() -> Iterator[Vector]:
             "2.1 2.2" + (" 2.3" if name == "nf4" else ""),
             f"The values of {name} by code and its thresholds.",
             {"codebook": name},
-            flags="CodebookRounded",
+            flags="CodebookRounded" + (" ThresholdUlp" if name == "nf4" else ""),
         )
     yield make(
         "codebook",
@@ -203,10 +203,12 @@ def _quantize_values() -> Iterator[Vector]:
     for name, book in CODEBOOKS.items():
         yield _encode(
             f"{name}-thresholds",
-            "2.1 2.2 3.5" + (" 2.3" if name == "nf4" else ""),
+            "3.5 2.2 2.1" + (" 2.3" if name == "nf4" else ""),
             f"Every threshold of {name} one ulp below, at and one ulp above, in a block whose absmax is 1.",
             padded(np.append(_around(book.thresholds), np.float32(1)), 64),
-            "TieRule NearestSearch" + ("" if name in {"nf4", "int4"} else " CodeOrder"),
+            "TieRule NearestSearch"
+            + ("" if name in {"nf4", "int4"} else " CodeOrder")
+            + (" ThresholdUlp" if name == "nf4" else ""),
             64,
             name,
         )
@@ -226,7 +228,7 @@ def _quantize_values() -> Iterator[Vector]:
         if name == "nf4":
             yield _encode(
                 "nf4-reciprocal-short-block",
-                "3.1 3.3",
+                "3.3 3.1",
                 "The values of nf4-reciprocal in a short last block: it too is multiplied by its reciprocal.",
                 x,
                 "TrueDivision TailDivision",
@@ -238,21 +240,22 @@ def _quantize_values() -> Iterator[Vector]:
         "3.3 1.2",
         "By each threshold a value that a reciprocal 1 ulp too great, or too small, puts on its other side.",
         padded(np.concatenate([*off, absmax[None]])),
-        "ReciprocalApproximation",
+        "ReciprocalApproximation ScaleRounded16",
     )
     yield from _quantize_tiny_and_huge()
     yield from _quantize_zeros()
 
 
 def _quantize_tiny_and_huge() -> Iterator[Vector]:
+    small = "FlushSubnormal AbsmaxClamped ReciprocalClamped"
     # absmax as bits: the smallest, around 2^-128, around the smallest normal number
     for slug, what, bits, flags in (
-        ("smallest", "the smallest subnormals", (0x1, 0x2, 0x3, 0x7), "FlushSubnormal AbsmaxClamped"),
+        ("smallest", "the smallest subnormals", (0x1, 0x2, 0x3, 0x7), f"{small} ReciprocalOverflow"),
         (
             "2-128",
             "2^-128, where the reciprocal would become infinite, and its neighbours",
             (0x1FFFFF, 0x200000, 0x200001),
-            "FlushSubnormal AbsmaxClamped",
+            f"{small} ReciprocalOverflow",
         ),
         (
             "normal",
@@ -264,7 +267,7 @@ def _quantize_tiny_and_huge() -> Iterator[Vector]:
             "1e-38",
             "1e-38, which bitsandbytes takes for the least, and its neighbours",
             (0x6CE3ED, 0x6CE3EE, 0x6CE3EF),
-            "AbsmaxClamped",
+            "AbsmaxClamped ReciprocalClamped",
         ),
         (
             "2126",
@@ -280,17 +283,17 @@ def _quantize_tiny_and_huge() -> Iterator[Vector]:
             blocks.append(np.append(x, np.full(32 - x.size, absmax)) if x.size < 32 else x)
         yield _encode(
             f"nf4-absmax-{slug}",
-            "3.2 3.3 1.1",
+            "3.3 1.1 3.2",
             f"By each threshold the last value below and the first above, where absmax is {what}.",
             np.concatenate(blocks).astype(np.float32),
             flags,
         )
     yield _encode(
         "nf4-absmax-tiny-short-block",
-        "3.2 3.3",
-        "A short last block whose absmax is 3 * 2^-149 is stored so.",
+        "3.3 3.2",
+        "A short last block whose absmax is 3 * 2^-149: scaled by 2^64 first, and stored as it is.",
         np.concatenate([noise(1, 32), from_bits(0x80000003, 2, 1, 0)]),
-        "AbsmaxClamped FlushSubnormal",
+        f"{small} ReciprocalOverflow",
     )
     for name, largest in (("float16", 0x7BFF), ("bfloat16", 0x7F7F)):
         smallest = np.array([0, 1, 2, 3, 0x8001, 0x8002, 0x8003], np.uint16)
@@ -298,10 +301,10 @@ def _quantize_tiny_and_huge() -> Iterator[Vector]:
         x = np.concatenate([np.resize(smallest, 32), large])
         yield _encode(
             f"nf4-{name}-extremes",
-            "3.1 7.1 1.1",
+            "7.1 1.1 3.1" if name == "float16" else "3.3 7.1 1.1 3.1",
             f"A block of the smallest subnormals of {name}, and a short one with its largest numbers.",
             x.view(DTYPES[name]),
-            "FlushSubnormal" if name == "bfloat16" else "",
+            "FlushSubnormal ReciprocalClamped ReciprocalOverflow" if name == "bfloat16" else "",
         )
 
 
@@ -370,17 +373,17 @@ def _quantize_layout() -> Iterator[Vector]:
         yield make(
             "quantize",
             f"{name}-odd",
-            "2.1 5.1 5.2",
+            "5.2 5.1 2.1",
             "An odd number of elements: the low half of the last byte holds the code of zero.",
             to_quantize(noise(6, 33), 64, name),
-            flags="NibbleOrder" + (" PadNibble" if name in {"nf4", "int4"} else " CodeOrder"),
+            flags="NibbleOrder ScaleRounded16" + (" PadNibble" if name in {"nf4", "int4"} else " CodeOrder"),
         )
     for shape, size in _CROSSED:
         text = "-".join(str(n) for n in shape)
         yield make(
             "quantize",
             f"nf4-rows-{text}",
-            "1.4 3.1",
+            "3.1 1.4",
             f"Rows of {shape[-1]} in blocks of {size}: a block goes on in the next row.",
             to_quantize(noise(7, int(np.prod(shape)), "bfloat16").reshape(shape), size),
             flags="BlocksRestartAtRows",
@@ -392,7 +395,7 @@ def _quantize_layout() -> Iterator[Vector]:
             "12.4 5.2" if slug == "scalar" else "5.2 5.3",
             f"One element, of shape {shape}.",
             to_quantize(np.full(shape, -0.3, np.float32), 64),
-            flags="PadNibble",
+            flags="PadNibble ScaleRounded16",
         )
     for slug, shape in _EMPTY:
         yield make(
@@ -466,6 +469,21 @@ def _quantize_refused() -> Iterator[Vector]:
             flags="DtypeAccepted",
             refused="The dtype is none of float32, float16 and bfloat16.",
         )
+    six = noise(14, 6)
+    for slug, clauses, shape, what in (
+        ("shape-short", "12.5", [2, 2], "The elements are two more than those of the shape."),
+        ("shape-long", "12.5", [7], "The shape has an element too many."),
+        (
+            "shape-negative",
+            "1.4",
+            [-2, -3],
+            "Two sizes are negative, though they multiply to the number of elements.",
+        ),
+        ("shape-inferred", "1.4", [2, -1], "A size is negative, which is not to be taken for what is left."),
+    ):
+        yield make(
+            "quantize", f"refuse-{slug}", clauses, what, {**to_quantize(six), "shape": shape}, refused=what
+        )
     yield make(
         "quantize",
         "refuse-codebook",
@@ -505,7 +523,7 @@ def _dequantize() -> Iterator[Vector]:
     for name in CODEBOOKS:
         yield _decode(
             f"{name}-all-bytes",
-            "2.1 4.1 5.1",
+            "4.1 2.1 5.1",
             f"All 256 bytes in 16 blocks, decoded with {name}.",
             to_decode(ALL_BYTES, scales, [512], codebook=name),
             "NibbleOrder CodebookRounded",
@@ -513,7 +531,7 @@ def _dequantize() -> Iterator[Vector]:
     for dtype in ("float16", "bfloat16"):
         yield _decode(
             f"nf4-all-bytes-{dtype}",
-            "4.1 4.2 5.1",
+            "4.2 4.1 5.1",
             f"All 256 bytes in 16 blocks, decoded to {dtype}.",
             to_decode(ALL_BYTES, np.abs(noise(11, 16, spread=4)), [512], dtype),
             "NibbleOrder CastBeforeMultiply TruncatedConversion",
@@ -590,7 +608,7 @@ def _dequantize() -> Iterator[Vector]:
         yield make(
             "dequantize",
             f"nf4-decode-rows-{text}",
-            "1.4 4.1",
+            "4.1 1.4",
             f"Rows of {shape[-1]} in blocks of {size}: a block goes on in the next row.",
             to_decode(
                 np.resize(each, -(-n // 2)),
@@ -675,6 +693,27 @@ def _dequantize_refused() -> Iterator[Vector]:
             fields,
             flags="LengthAccepted",
             refused=f"There is {what}.",
+        )
+    for slug, fields, what in (
+        (
+            "negative",
+            to_decode(codes[:3], absmax[:1], [-2, -3]),
+            "Two sizes are negative, their product is not.",
+        ),
+        (
+            "negative-of-nothing",
+            to_decode(codes[:0], absmax[:0], [0, -3]),
+            "A size is negative beside one of 0.",
+        ),
+    ):
+        yield make(
+            "dequantize",
+            f"refuse-decode-shape-{slug}",
+            "1.4",
+            what,
+            fields,
+            flags="ShapeUnchecked",
+            refused=what,
         )
     for size in (0, 16, 96, 8192):
         blocks = block_count(96, size) if size else 3

@@ -150,14 +150,14 @@ def _encode_absmax_codes() -> Iterator[Vector]:
     ):
         yield _absmax(
             f"map-thresholds-{slug}",
-            "6.2 6.3",
+            "6.3 6.2",
             f"By each threshold of the map from {low} to {high} the last r below and the first above.",
             _at_map_thresholds(offset, low, high, per_block),
             flags,
         )
     yield _absmax(
         "nested-reciprocal",
-        "6.3",
+        "3.3 6.3",
         "r that a true division by the nested absmax would give other codes, in a short nested block.",
         _nested_division(),
         "TrueDivision TailDivision",
@@ -169,30 +169,30 @@ def _encode_absmax_codes() -> Iterator[Vector]:
         )
     yield _absmax(
         "nested-equal",
-        "6.3 3.4",
+        "3.4 6.3",
         "257 equal absmax: r is 0, its code 127 and the nested absmax +0.",
         np.full(257, 0.3),
         "ZeroBlock",
     )
     yield _absmax(
         "nested-zero-block",
-        "6.3 3.4",
+        "3.4 6.3",
         "A nested block of zeros before a short one of others.",
         np.append(np.full(256, 1.0), from_bits(base - 2, base + 1)),
         "ZeroBlock",
     )
     yield _absmax(
         "nested-tiny",
-        "6.3 1.1 3.3",
+        "3.3 6.3 1.1",
         "r of a few 2^-149, scaled by 2^64 first.",
         from_bits(*(0x00800000 + k for k in (0, 1, 3, 4, 7, 12))),
-        "FlushSubnormal",
+        "FlushSubnormal ReciprocalClamped ReciprocalOverflow",
     )
     # In units of 2^103: offset is odd, and r ends on a half; to even it goes up, or down
     largest, third = float(LARGEST), 2.0**103
     yield _absmax(
         "nested-largest",
-        "6.3 6.6",
+        "6.6 6.3",
         "The largest number beside others, which decodes to a finite one.",
         np.array([largest, (2**24 - 7) * third, 0]),
     )
@@ -218,6 +218,19 @@ def _encode_absmax_codes() -> Iterator[Vector]:
             flags="InfiniteAbsmaxAccepted",
             refused=f"The absmax of block {block} would decode to an infinity.",
         )
+    yield _absmax(
+        "nested-negative-zero",
+        "6.6 6.1",
+        "-0 among the absmax is taken for 0.",
+        from_bits(0x80000000, 0x3F800000, 0, 0x40400000),
+    )
+    yield _absmax(
+        "mean-negative-zeros",
+        "6.1 6.6",
+        "Absmax that are all -0: the offset is +0, the codes are 127 and the nested absmax is +0.",
+        from_bits(0x80000000, 0x80000000, 0x80000000),
+        "MeanOrder ZeroBlock",
+    )
     for name, bits in (("nan", 0x7FC00000), ("infinity", 0x7F800000), ("negative", 0xBF800000)):
         yield make(
             "encode_absmax",
@@ -275,7 +288,7 @@ def _decode_absmax() -> Iterator[Vector]:
     full = np.append(ALL_BYTES, some)
     yield _decoded(
         "decode-all-codes",
-        "6.2 6.4 1.2",
+        "6.4 1.2 6.2",
         "All 256 codes, and a short second nested block with another absmax.",
         _nested(full, from_bits(0x3F9D70A4, 0x3E4CCCCD), 1.7),
         "FmaContraction NestedAbsmaxIgnored OffsetOmitted",
@@ -291,7 +304,7 @@ def _decode_absmax() -> Iterator[Vector]:
         ),
     ):
         fields = _nested(some, from_bits(0x3FB504F3), 2.1, nested_map)
-        yield _decoded(f"decode-map-{slug}", "6.2 6.4" + " 12.5" * (flags == ""), comment, fields, flags)
+        yield _decoded(f"decode-map-{slug}", "6.2 6.4" if flags else "12.5 6.2 6.4", comment, fields, flags)
     yield _decoded(
         "decode-negative",
         "6.4",
@@ -393,7 +406,7 @@ def _double() -> Iterator[Vector]:
         x = noise(31, 3 * 50, dtype).reshape(3, 50)
         yield _quantized_twice(
             f"double-{dtype}-rows",
-            "6.3 7.1 1.4",
+            "3.1 6.3 7.1 1.4",
             f"{dtype}, rows of 50 in blocks of 64.",
             to_quantize(x, 64),
             "BlocksRestartAtRows",
@@ -453,6 +466,20 @@ def _double() -> Iterator[Vector]:
             "DtypeAccepted",
             "The dtype is none of float32, float16 and bfloat16.",
         ),
+        (
+            "shape",
+            {**to_quantize(small), "shape": [-35, -4]},
+            "1.4",
+            "",
+            "Two sizes are negative, though they multiply to the number of elements.",
+        ),
+        (
+            "length",
+            {**to_quantize(small), "shape": [139]},
+            "12.5",
+            "",
+            "There is an element more than those of the shape.",
+        ),
     ):
         yield make(
             "quantize_double", f"refuse-double-{slug}", clauses, what, fields, flags=flags, refused=what
@@ -475,7 +502,7 @@ def _dequantize_double(long: NDArray[Any]) -> Iterator[Vector]:
     for codebook in CODEBOOKS:
         yield _dequantized_twice(
             f"double-decode-{codebook}",
-            "4.1 6.4",
+            "6.4 4.1",
             f"Five blocks of {codebook}, the last one short.",
             _packed_double(nested, [129], codebook=codebook),
             "NibbleOrder NestedAbsmaxIgnored OffsetOmitted",
@@ -483,7 +510,7 @@ def _dequantize_double(long: NDArray[Any]) -> Iterator[Vector]:
     for dtype in ("float16", "bfloat16"):
         yield _dequantized_twice(
             f"double-decode-{dtype}-rows",
-            "4.2 6.4 1.4",
+            "4.1 4.2 6.4 1.4",
             f"Rows of 50 in blocks of 32, to {dtype}.",
             _packed_double(nested, [3, 50], dtype),
             "BlocksRestartAtRows CastBeforeMultiply TruncatedConversion",
@@ -509,7 +536,7 @@ def _dequantize_double(long: NDArray[Any]) -> Iterator[Vector]:
     yield make(
         "dequantize_double",
         "double-decode-two-nested-blocks",
-        "4.1 4.2 6.4",
+        "6.4 4.1 4.2",
         "258 blocks: a whole nested block and a short one.",
         {
             **_nested(twice.codes, twice.absmax, float(twice.offset)),

@@ -56,7 +56,13 @@ def _types() -> dict[str, Schema]:
         {"if": {"properties": {"dtype": {"const": dtype}}}, "then": {"properties": {"data": _ref(dtype)}}}
         for dtype in DTYPES
     ]
-    shaped = _object({"dtype": {"enum": list(DTYPES)}, "shape": _ref("shape"), "data": {"type": "string"}})
+    shaped = _object(
+        {
+            "dtype": {"enum": list(DTYPES)},
+            "shape": {"type": "array", "items": _COUNT},
+            "data": {"type": "string"},
+        }
+    )
     return {
         **{dtype: _array(dtype) for dtype in DTYPES},
         "any-dtype": _array("uint8"),
@@ -67,7 +73,7 @@ def _types() -> dict[str, Schema]:
         "codebook": _TEXT,
         "ints": {"type": "array", "items": _INTEGER},
         "strs": {"type": "array", "items": {"type": "string"}},
-        "shape": {"type": "array", "items": _COUNT},
+        "shape": {"type": "array", "items": _INTEGER},
         "bytes": _array("uint8"),
         "files": {"type": "object", "additionalProperties": _ref("bytes")},
         "arrays": {"type": "object", "additionalProperties": {**shaped, "allOf": of_dtype}},
