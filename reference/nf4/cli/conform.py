@@ -1,5 +1,6 @@
 """`nf4 conform`: the specification's vectors against a port, and which clause it breaks."""
 
+import textwrap
 from datetime import date
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from nf4.cli.output import TensorProgress, json_option, print_json
 from nf4.conform.clauses import clause
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.port import HarnessError, Port
-from nf4.conform.report import OUTCOMES, as_html, failures, notes, run_json, tally, verdict
+from nf4.conform.report import OUTCOMES, WIDTH, as_html, claim, failures, notes, run_json, tally, verdict
 from nf4.conform.run import Run, execute, known_failures, search_beyond, search_layers, select
 from nf4.conform.vectors import VERSION, Vector, flags, load
 from nf4.errors import InputError
@@ -91,7 +92,10 @@ def command(
     known = known_failures(known_path, every) if known_path is not None else {}
     options = ("--vectors", str(directory)) if directory is not None else ()
     subject = ("--python", python) if python is not None else ("--", *port)
-    run = Run(python or port[0], subject, options, seed=seed)
+    asked = {vector.id for vector in chosen}
+    partly = {vector.operation for vector in every if vector.id not in asked}
+    whole = OPERATIONS.keys() - partly if directory is None else ()
+    run = Run(python or port[0], subject, options, seed=seed, whole=frozenset(whole))
     search = (python is not None and not only) if search is None else search
     examine(run, chosen, known, timeout or 10.0, search, quiet=as_json)
     report(run, flags(directory), page, as_json)
@@ -156,13 +160,21 @@ def report(run: Run, sentences: dict[str, str], page: Path | None, as_json: bool
         table.add_column("")
         for outcome in OUTCOMES:
             table.add_column(outcome, justify="right")
+        chapter = ""
         for name, counts in tally(asked).items():
             cells = (str(counts[outcome] or "") for outcome in OUTCOMES)
-            table.add_row(name, clause(name).title, *cells)
+            if chapter and not name.startswith(chapter):
+                table.add_section()
+            chapter = name.partition(".")[0] + "."
+            bad = counts["failed"] or counts["errored"]
+            table.add_row(name, clause(name).title, *cells, style="bold red" if bad else "")
         Console().print(table)
         click.echo()
     click.echo(notes(run), nl=False)
     click.echo(verdict(run))
+    may = str(claim(run))
+    if may:
+        click.echo(textwrap.fill(may, WIDTH, initial_indent="  ", subsequent_indent="  "))
     if page is not None:
         click.echo(f"written: {page}")
 

@@ -18,11 +18,12 @@ from nf4.conform import values
 from nf4.conform.clauses import clause
 from nf4.conform.compare import Difference, Step, block, position, show
 from nf4.conform.operations import OPERATIONS
-from nf4.conform.run import Outcome, Result, Run
-from nf4.conform.vectors import VERSION
+from nf4.conform.run import Outcome, Result, Run, listed
+from nf4.conform.vectors import VERSION, Vector
 
 OUTCOMES: tuple[Outcome, ...] = ("passed", "failed", "errored", "skipped")
 WIDTH = 110
+_EDITION = VERSION.rpartition(".")[0]
 _AROUND = 3  # elements shown on either side of the one that differs
 _WHOLE = 8  # elements of an array that is shown whole
 
@@ -107,6 +108,60 @@ def verdict(run: Run) -> str:
     return f"{run.port}: {'conforms' if run.exit_code == 0 else 'does not conform'}: {counts}"
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What a port may say of itself (NF4-13.7): its name, in what it conforms, and what it skipped."""
+
+    called: str
+    operations: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One sentence, or nothing where there is nothing to claim."""
+        if not self.operations:
+            return ""
+        every = len(self.operations) == len(OPERATIONS)
+        names = f"all {len(OPERATIONS)} operations" if every else ", ".join(self.operations)
+        called = f"may be called {self.called}: it " if self.called else ""
+        skipped = f", with {', '.join(self.skipped)} skipped" if self.skipped else ""
+        return f"it {called}conforms to NF4 {_EDITION} in {names}{skipped} (NF4-13.7)"
+
+
+def claim(run: Run) -> Claim:
+    """Return what a run bears out: operations of which every vector was asked, and none answered wrongly."""
+    if run.exit_code != 0:
+        return Claim("", (), ())
+    by_operation: dict[str, list[Result]] = {}
+    for result in run.results:
+        if result.vector.operation in run.whole & set(run.offered):
+            by_operation.setdefault(result.vector.operation, []).append(result)
+    conforming, skipped = [], set[str]()
+    for operation, results in by_operation.items():
+        passed = [result.vector for result in results if result.outcome == "passed"]
+        # For each that was skipped, the codebook or the dtype that the port does not have; None: it has both.
+        lacks = [_lack(result.vector, passed) for result in results if result.outcome == "skipped"]
+        if passed and None not in lacks and all(r.outcome in {"passed", "skipped"} for r in results):
+            conforming.append(operation)
+            skipped.update(lack for lack in lacks if lack is not None)
+    called = ""
+    if {"quantize", "dequantize"} <= set(conforming):
+        nested = {"encode_absmax", "decode_absmax"} <= set(conforming)
+        called = "an NF4 codec" + " with double quantization" * nested
+    return Claim(called, tuple(name for name in OPERATIONS if name in conforming), tuple(sorted(skipped)))
+
+
+def _lack(vector: Vector, passed: Sequence[Vector]) -> str | None:
+    """The codebook or the dtype for which a vector may be skipped (NF4-13.7)."""
+    codebook = vector.input.get("codebook", "nf4")
+    if codebook != "nf4":
+        return str(codebook)
+    for name in ("dtype", "adapter_dtype"):
+        dtype = vector.input.get(name)
+        if dtype is not None and all(other.input.get(name) != dtype for other in passed):
+            return str(dtype)
+    return None
+
+
 def failures(run: Run, flags: Mapping[str, str]) -> str:
     """Return what went wrong as text: the first failure of each group in full, the ids of the rest.
 
@@ -120,7 +175,7 @@ def failures(run: Run, flags: Mapping[str, str]) -> str:
         title = f"FAILED {group.clause}, {len(group.results)} {'vector' if one else 'vectors'}: {looks}"
         rows = details(run, first, flags, group)
         for name, others in _by_clause(group.results[1:]).items():
-            rows.append(("also", f"{name}: {', '.join(result.vector.id for result in others)}"))
+            rows.append(("also", f"{name}, {len(others)}: {listed([result.vector.id for result in others])}"))
         parts.append(_block(title, rows))
     by_message: dict[str, list[Result]] = {}
     for result in run.results:
@@ -164,7 +219,7 @@ def details(
     rows = [("vector", vector.id)]
     for name in dict.fromkeys([*([group.clause] if group else []), *vector.clauses]):
         found = clause(name)
-        rows.append(("clause", f"{name} {found.title}: {found.sentence}" if found.title else name))
+        rows.append(("clause", f"{name} {found.title}: {found.rule}" if found.title else name))
     if vector.flags:
         rows.append(("flags", ", ".join(vector.flags)))
     rows.append(("about", vector.comment))
@@ -176,7 +231,8 @@ def details(
         if difference.expected:
             rows.append(("expected", _pair(difference.expected, difference.expected_value)))
             rows.append(("got", _pair(difference.got, difference.got_value)))
-        rows += _steps(difference)
+        sent = result.answer is not None and bool(result.answer.steps)
+        rows += _steps(difference, sent)
     looks = sorted(result.looks_like, key=lambda name: group is None or name != group.flag)
     for name in looks[:1]:
         others = f" (also {', '.join(looks[1:])})" if looks[1:] else ""
@@ -214,6 +270,7 @@ def run_json(run: Run) -> dict[str, Any]:
 
     - `specification`, `kit`: versions; `port`: its name; `command`: the arguments that name it.
     - `conforms`, `exit_code`; `broken`: the sentence why the harness is, or null; `seconds`.
+    - `claim` (NF4-13.7): what it may be `called`, the `operations` in which it conforms, what it `skipped`.
     - `counts`: vectors by outcome (passed, failed, errored, skipped); `clauses`: the same by clause.
     - `operations`: `offered` and `not_offered`, names; `remarks` and `stale`, sentences.
     - `results`: for each vector `id`, `operation`, `clauses`, `flags`, `outcome`, `message` (why it was
@@ -235,6 +292,7 @@ def run_json(run: Run) -> dict[str, Any]:
         "exit_code": run.exit_code,
         "broken": run.broken,
         "seconds": round(run.seconds, 3),
+        "claim": {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(claim(run)).items()},
         "counts": {outcome: run.count(outcome) for outcome in OUTCOMES},
         "clauses": tally(result for result in run.results if not result.found),
         "operations": {"offered": run.offered, "not_offered": run.not_offered},
@@ -279,6 +337,7 @@ def as_html(run: Run, flags: Mapping[str, str], date: str) -> str:
         f"<p>Specification {esc(VERSION)}, nf4 {esc(__version__)}, {esc(date)}; "
         f"<code>{esc(shlex.join(['nf4', 'conform', *run.options, *run.subject]))}</code></p>",
     ]
+    out += [f'<p class="good">{esc(line)}</p>' for line in [str(claim(run))] if line]
     out += [f'<p class="bad">{esc(sentence)}</p>' for sentence in run.stale]
     out += [f'<pre class="bad">{esc(defect.report())}</pre>' for defect in run.defects]
     out += [f"<p>{esc(line)}</p>" for line in notes(run).replace("\n  ", " ").splitlines()]
@@ -297,7 +356,7 @@ def as_html(run: Run, flags: Mapping[str, str], date: str) -> str:
         out.append(f'<details class="clause"><summary><b>{esc(name)}</b> {esc(clause(name).title)} ')
         shown = [o for o in OUTCOMES if counts[o]]
         out += [f'<span class="{_class(o, bad)}">{counts[o]} {o}</span>' for o in shown]
-        out.append(f"</summary><p>{esc(clause(name).sentence)}</p>")
+        out.append(f"</summary><p>{esc(clause(name).rule)}</p>")
         for result in sorted(results, key=lambda result: (not result.bad, OUTCOMES.index(result.outcome))):
             out += _result_html(run, result, flags)
         out.append("</details>")
@@ -341,7 +400,8 @@ def _result_json(run: Run, result: Result) -> dict[str, Any]:
     return answer
 
 
-def _steps(difference: Difference) -> list[tuple[str, str]]:
+def _steps(difference: Difference, sent: bool) -> list[tuple[str, str]]:
+    """What is known of the steps; sent: whether the port answered any."""
     rows = []
     if difference.agree:
         rows.append(("agree", f"the steps {', '.join(difference.agree)}"))
@@ -352,7 +412,8 @@ def _steps(difference: Difference) -> list[tuple[str, str]]:
             ("step", f"the first that differs is {step.name}[{step.index}]: expected {want}, got {got}")
         )
     elif difference.steps:
-        rows.append(("on the way", ", ".join(_expected(step) for step in difference.steps)))
+        hint = "" if sent else "; a port that answers `steps` is told the first that differs (NF4-13.3)"
+        rows.append(("on the way", ", ".join(_expected(step) for step in difference.steps) + hint))
     return rows
 
 

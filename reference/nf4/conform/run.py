@@ -75,6 +75,7 @@ class Run:
     seconds: float = 0.0  # of the vectors
     search_seconds: float = 0.0
     broken: str | None = None
+    whole: frozenset[str] = frozenset()  # operations of which every vector of this specification was asked
 
     def count(self, outcome: Outcome) -> int:
         """How many vectors of the files had that outcome."""
@@ -157,7 +158,7 @@ def execute(
         run.results = _likeliest_first(run.results)
         if not any(result.outcome != "skipped" for result in run.results):
             reasons = Counter(result.message for result in run.results)
-            run.broken = f"nothing was run: {_list(list(reasons)) or 'there are no vectors'}"
+            run.broken = f"nothing was run: {listed(list(reasons)) or 'there are no vectors'}"
     except HarnessError as error:
         run.broken = str(error)
     finally:
@@ -166,7 +167,7 @@ def execute(
     for entry, ids in known.items():
         passed = sorted(id for id in ids if outcomes.get(id) == "passed")
         if passed:
-            which = "" if passed == [entry] else f" for {_list(passed)}"
+            which = "" if passed == [entry] else f" for {listed(passed)}"
             run.stale.append(f"known failure {entry} passes{which}; remove it from the list")
 
 
@@ -293,7 +294,8 @@ def _matches(vector: Vector, glob: str) -> bool:
     )
 
 
-def _list(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return the first five names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
