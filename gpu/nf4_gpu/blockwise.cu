@@ -159,7 +159,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // The clauses word by word, a thread a block: what the fast kernel is held against.
-extern "C" __global__ void encode_plain(const Element* x, i64 n, u8* codes, float* absmax, const Thresholds* thresholds) {
+extern "C" __global__ void encode_plain(const Element* x, i64 n, u8* codes, float* absmax,
+                                        const Thresholds* thresholds) {
   i64 block = (i64)blockIdx.x * blockDim.x + threadIdx.x, start = block * BLOCK;
   if (start >= n) return;
   i64 stop = start + BLOCK < n ? start + BLOCK : n;
@@ -171,8 +172,8 @@ extern "C" __global__ void encode_plain(const Element* x, i64 n, u8* codes, floa
   for (i64 i = start; i < stop; i += 2) {
     u32 byte = 0;
     for (i64 j = i; j < i + 2; j++) {
-      float s = j < n ? widen(x[j]) * lift * r : 0.f;      // NF4-3.3, NF4-3.4, NF4-5.2
-      byte = byte << 4 | code_of(s, thresholds);  // NF4-3.5, NF4-5.1
+      float s = j < n ? widen(x[j]) * lift * r : 0.f;  // NF4-3.3, NF4-3.4, NF4-5.2
+      byte = byte << 4 | code_of(s, thresholds);       // NF4-3.5, NF4-5.1
     }
     codes[i / 2] = byte;
   }

@@ -115,6 +115,12 @@ def capability(device: int) -> int:
 
 
 @cache
+def shared_memory(device: int) -> int:
+    """Return the bytes of shared memory that a thread block may have on a device."""
+    return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+@cache
 def processors(device: int) -> int:
     """Return the number of multiprocessors of a device."""
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])

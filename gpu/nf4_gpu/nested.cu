@@ -54,13 +54,13 @@ __device__ float rounded_mean(const u64* bins, const u32* used, u64 n) {
     kept &= 0xffffff;
   }
   cut += 32 * (top - 2);
-  // In units of 2^-149 the bits of a small number are those of the float32; with its hidden bit, kept counts as exponent 1.
+  // In units of 2^-149 the bits of a small number are those of the float32; kept's hidden bit counts as exponent 1.
   return __uint_as_float(kept + (half && (sticky || kept & 1)) + ((u32)cut << 23));
 }
 
-// absmax [n], not negative, with the bins of its exact sum -> codes [n], nested_absmax [ceil(n / 256)], offset [1]. A warp
-// takes a nested block, a lane eight neighbours. starts [8192]: by the upper 13 bits of s, the number of thresholds that
-// are below every such s; at most three others are not above all of them (NF4-3.5). *status, if given, is set where an
+// absmax [n], not negative, with the bins of its exact sum -> codes [n], nested_absmax [ceil(n / 256)], offset [1]. A
+// warp takes a nested block, a lane eight neighbours. starts [8192]: by the upper 13 bits of s, the number of thresholds
+// that are below every such s; at most three others are not above all of them (NF4-3.5). *status, if given, is set where an
 // absmax would decode to an infinity (NF4-6.6). bins [COPIES][SUM_BINS] are 0 afterwards.
 extern "C" __global__ void __launch_bounds__(256)
     encode_nested(const float* absmax, i64 n, bool aligned, u64* bins, const float* map, const float* table,
@@ -81,7 +81,8 @@ extern "C" __global__ void __launch_bounds__(256)
   if (threadIdx.x == 0) {
     mean = rounded_mean(sums, used, n);
     if (blockIdx.x == 0) *offset = mean;
-    last = atomicInc((u32*)(bins + COPIES * SUM_BINS), gridDim.x - 1) == gridDim.x - 1;  // every thread block has read the bins
+    // Every thread block has read the bins; the counter is 0 again.
+    last = atomicInc((u32*)(bins + COPIES * SUM_BINS), gridDim.x - 1) == gridDim.x - 1;
   }
   __syncthreads();
   if (last)

@@ -1,5 +1,6 @@
 // y = x W^T for up to 64 rows of x and a quantized W that is never written out (NF4-4.3).
-// Defines: DTYPE (FLOAT16 or BFLOAT16), that of x and y; BLOCK; TILES (1, 2, 4 or 8), of eight rows of x each.
+// Defines: DTYPE (FLOAT16 or BFLOAT16), that of x and y; BLOCK; TILES (1, 2, 4 or 8), of eight rows of x each; BUFFERS, if
+// shared memory is short.
 //
 // The tensor cores take 16 rows of W by 16 columns at a time. Which columns those are is free, as long as x is read
 // alike: so a lane reads neighbouring bytes of a row of W, and turns each byte into two factors by one look-up in a copy
@@ -13,7 +14,9 @@
 #define CHUNK (BLOCK < 64 ? BLOCK : 64)   // columns that share a scale
 #define WORDS (CHUNK / 32)                // of eight codes: what a lane reads of a chunk of a row
 #define STAGE 256                         // columns that one turn of the loop covers
+#ifndef BUFFERS
 #define BUFFERS (TILES > 4 ? 2 : 3)       // stages on their way or in use
+#endif
 #define CHUNKS (STAGE / CHUNK)
 #define SCALES (2 * MT * CHUNKS / 4)      // a lane's part of the scales of its quad's rows in a stage
 #define PITCH (STAGE + 8)                 // elements between rows of x in shared memory, so that no bank is met twice
@@ -22,7 +25,14 @@
 #define UNIT_COPIES (16 * MT * UNITS / 32)     // of a unit, by each lane, a stage
 #define CODE_STAGE (ROWS * UNITS * 16)    // bytes
 
-constexpr int TOGETHER = TILES > 1 ? 2 : CHUNKS;  // chunks that are unrolled side by side
+#if __CUDA_ARCH__ < 1000
+#define FEW_REGISTERS 0
+#else
+#define FEW_REGISTERS 1  // the compiler keeps more in flight there, and would spill
+#endif
+
+constexpr int TOGETHER = TILES > 1 || FEW_REGISTERS ? 2 : CHUNKS;  // chunks that are unrolled side by side
+constexpr int COPIES_TOGETHER = TILES > 4 && FEW_REGISTERS ? 1 : UNIT_COPIES;
 
 __device__ __forceinline__ void multiply_add(float d[4], const u32 a[4], u32 b0, u32 b1) {
 #if DTYPE == FLOAT16
@@ -58,17 +68,20 @@ __device__ __forceinline__ void product(const Element* x, int rows, int columns,
   int first = (int)((i64)stages * blockIdx.y / splits), last = (int)((i64)stages * (blockIdx.y + 1) / splits);
   int row0 = blockIdx.x * ROWS + warp * 16 * MT;  // of W, the warp's first
 
+  auto row_of_unit = [&](int i) {
+    return codes + (i64)min(row0 + (i * 32 + lane) / UNITS, outputs - 1) * columns / 2 + lane % UNITS * 16;
+  };
   const u8* from[UNIT_COPIES];
 #pragma unroll
-  for (int i = 0; i < UNIT_COPIES; i++)
-    from[i] = codes + (i64)min(row0 + (i * 32 + lane) / UNITS, outputs - 1) * columns / 2 + lane % UNITS * 16;
+  for (int i = 0; i < UNIT_COPIES; i++) from[i] = row_of_unit(i);
   auto load = [&](int stage) {  // asynchronously, into its buffer: x's columns by all, W's rows by their warp
     int column = stage * STAGE;
     u8* to = code_stages + stage % BUFFERS * CODE_STAGE + warp * (16 * MT * UNITS * 16);
-#pragma unroll
+#pragma unroll COPIES_TOGETHER
     for (int i = 0; i < UNIT_COPIES; i++)
       if (column + lane % UNITS * 32 < columns)
-        copy_async(to + swizzle((i * 32 + lane) / UNITS, lane % UNITS) * 16, from[i] + column / 2);
+        copy_async(to + swizzle((i * 32 + lane) / UNITS, lane % UNITS) * 16,
+                   (COPIES_TOGETHER > 1 ? from[i] : row_of_unit(i)) + column / 2);
     Element* to_x = x_stages + stage % BUFFERS * X_STAGE;
     for (int i = threadIdx.x; i < rows * (STAGE / 8); i += WARPS * 32) {
       int r = i / (STAGE / 8), c = i % (STAGE / 8) * 8;

@@ -1,5 +1,6 @@
 """y = x W^T and dx = dy W with a quantized W: few rows without writing W out, more rows through cuBLAS."""
 
+from functools import cache
 from typing import Any
 
 import cupy
@@ -12,12 +13,12 @@ from nf4.tensor import QuantizedTensor
 from nf4_gpu.arrays import KINDS, address, check_output, on_device, scratch
 from nf4_gpu.blas import multiply
 from nf4_gpu.codebooks import tables
-from nf4_gpu.compile import capability, kernel, processors
+from nf4_gpu.compile import capability, kernel, processors, shared_memory
 from nf4_gpu.tensor import check_tensor, dequantize
 
 FEW = 64  # rows of x up to which the kernel is faster than decoding and cuBLAS
 _NEEDS = 80  # bfloat16 on tensor cores, asynchronous copies
-_STAGE, _TABLE_BYTES = 256, 256 * 32 * 4  # as in product.cu
+_STAGE, _TABLE, _STATIC = 256, 256 * 32 * 4, 2048  # as in product.cu: columns, and bytes of shared memory
 
 
 def matmul(x: Any, q: QuantizedTensor, out: Any = None) -> cupy.ndarray:
@@ -35,7 +36,7 @@ def matmul(x: Any, q: QuantizedTensor, out: Any = None) -> cupy.ndarray:
     rows = y.size // outputs if outputs else 0
     if rows == 0:
         return y
-    if rows <= FEW and _fits(x, q):
+    if _fits(x, rows, q):
         _few_rows(x, rows, q, y)
     else:
         _many_rows(x.reshape(rows, inputs), q, y.reshape(rows, outputs), transposed=True)
@@ -73,31 +74,59 @@ def _check_rows(x: cupy.ndarray, what: str, columns: int, q: QuantizedTensor) ->
         )
 
 
-def _fits(x: cupy.ndarray, q: QuantizedTensor) -> bool:
-    """Whether product.cu takes it: 16-bit rows that are whole chunks, aligned, on a GPU new enough."""
+def _fits(x: cupy.ndarray, rows: int, q: QuantizedTensor) -> bool:
+    """Whether product.cu takes it: 16-bit rows that are whole chunks, aligned, on a GPU that can."""
     outputs, inputs = q.shape
     return bool(
-        x.dtype != FLOAT32
+        rows <= FEW
+        and x.dtype != FLOAT32
         and 0 < inputs < 1 << 31
         and inputs % min(q.block_size, 64) == 0
         and outputs < 1 << 31
         and address(x) % 16 == 0
         and address(q.codes) % 16 == 0
-        and capability(runtime.getDevice()) >= _NEEDS
+        and _buffers(runtime.getDevice(), _tiles(rows))
     )
+
+
+def _tiles(rows: int) -> int:
+    return 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
+
+
+def _block_rows(tiles: int) -> int:
+    """Rows of W of a thread block."""
+    return 256 if tiles > 2 else 128
+
+
+def _shared_bytes(tiles: int, buffers: int) -> int:
+    """Dynamic shared memory of a thread block: the table, and of each buffer the codes and the padded x."""
+    return _TABLE + buffers * (_block_rows(tiles) * _STAGE // 2 + 8 * tiles * (_STAGE + 8) * 2)
+
+
+@cache
+def _buffers(device: int, tiles: int) -> int:
+    """As many as product.cu likes, or two where shared memory is short; 0 where it can't be run."""
+    if capability(device) >= _NEEDS:
+        for buffers in (2 if tiles > 4 else 3, 2):
+            if _shared_bytes(tiles, buffers) + _STATIC <= shared_memory(device):
+                return buffers
+    return 0
 
 
 def _few_rows(x: cupy.ndarray, rows: int, q: QuantizedTensor, y: cupy.ndarray) -> None:
     """Launch product.cu, with as many thread blocks as are resident at once."""
     device = runtime.getDevice()
     outputs, inputs = q.shape
-    tiles = 1 if rows <= 8 else 2 if rows <= 16 else 4 if rows <= 32 else 8
-    block_rows, resident = (256, 1) if tiles > 2 else (128, 2)
+    tiles = _tiles(rows)
+    block_rows, buffers = _block_rows(tiles), _buffers(device, tiles)
     groups = -(-outputs // block_rows)
-    splits = max(1, min(resident * processors(device) // groups, -(-inputs // _STAGE)))
+    resident = processors(device) * (1 if tiles > 2 else 2)
+    splits = max(1, min(resident // groups, -(-inputs // _STAGE)))
     partial = scratch.take("partial", groups * splits * rows * block_rows, cupy.float32)
     counters = scratch.take("counters", groups, cupy.uint32, zeroed=True)
     defines = {"DTYPE": KINDS[x.dtype], "BLOCK": q.block_size, "TILES": tiles}
+    if buffers == 2 and tiles <= 4:
+        defines["BUFFERS"] = 2
     absmax: Any = q.absmax
     name, scales = "multiply", [absmax]
     if isinstance(absmax, NestedAbsmax):
@@ -105,8 +134,7 @@ def _few_rows(x: cupy.ndarray, rows: int, q: QuantizedTensor, y: cupy.ndarray) -
         if absmax.block_size != NESTED_BLOCK_SIZE:
             defines["NESTED_BLOCK"] = absmax.block_size
         scales = [absmax.codes, absmax.absmax, absmax.offset, absmax.map]
-    buffers = 2 if tiles > 4 else 3
-    shared = _TABLE_BYTES + buffers * (block_rows * _STAGE // 2 + 8 * tiles * (_STAGE + 8) * 2)
+    shared = _shared_bytes(tiles, buffers)
     function = kernel(device, "product.cu", name, shared, **defines)
     head = (x, rows, inputs, q.codes, outputs, tables(device, q.codebook).values, y, partial, counters)
     function((groups, splits), (256,), (*head, *scales), shared_mem=shared)

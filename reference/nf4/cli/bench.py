@@ -17,27 +17,54 @@ PEERS = {"codec": "bitsandbytes", "train": "peft"}
 @click.command("bench")
 @click.argument("what", type=click.Choice(list(PEERS)), default="codec")
 @click.option("--against", type=click.Choice(list(PEERS.values())), help="Measure this peer in the same run.")
-@click.option("--rounds", type=click.IntRange(1), help="Rounds after warm-up.  [default: codec 9, train 2]")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where the codec runs.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(1), help="Rounds after warm-up.  [default: codec 9, on cuda 20, train 2]"
+)
 @click.option("--model", type=click.Path(path_type=Path), help="Train on this model, not on random weights.")
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - prints it."
 )
 def command(
-    what: str, against: str | None, rounds: int | None, model: Path | None, json_path: Path | None
+    what: str,
+    against: str | None,
+    device: str,
+    rounds: int | None,
+    model: Path | None,
+    json_path: Path | None,
 ) -> None:
     """Measure quantize and dequantize (codec), or one QLoRA training step (train).
 
-    codec: float32 4096 x 4096 in blocks of 64, plain and double-quantized. train: a model of SmolLM2-135M's
-    shape in NF4 with double quantization, r 8 on all linear layers, 4 x 256 tokens, float32, AdamW. Both
-    sides run with their own default number of threads.
+    codec: float32 4096 x 4096 in blocks of 64, plain and double-quantized; on cuda bfloat16 of three shapes,
+    and products with the weight. train: a model of SmolLM2-135M's shape in NF4 with double quantization, r 8
+    on all linear layers, 4 x 256 tokens, float32, AdamW. Both sides run with their own default number of
+    threads.
     """
     if against is not None and PEERS[what] != against:
         raise InputError(f"nf4 bench {what} runs against {PEERS[what]}, not {against}")
-    if what == "codec":
+    if what == "codec" and model is not None:
+        raise InputError("--model is for  nf4 bench train; the codec is measured on random weights")
+    if device == "cuda":
+        if what != "codec":
+            raise InputError("--device cuda is for the codec; nf4 bench train runs on the CPU")
+        try:
+            from nf4_gpu.arrays import require_gpu
+
+            require_gpu()
+        except ImportError as error:
+            raise InputError(f"--device cuda: {error}") from error
+        from nf4_gpu import bench
+
+        report = bench.run(rounds or 20, against)
+    elif what == "codec":
         from nf4.bench import codec
 
-        if model is not None:
-            raise InputError("--model is for  nf4 bench train; the codec is measured on random weights")
         report = codec.run(rounds or 9, against)
     else:
         from nf4.bench import train
@@ -63,6 +90,9 @@ def show(report: dict[str, Any]) -> None:
         f"{on['cpu']}, {on['cores']} cores, {size(on['ram_bytes'])} RAM, {on['system']}; {report['date']}"
     )
     click.echo(versions)
+    if report["benchmark"] == "cuda":
+        show_cuda(report)
+        return
     codec = report["benchmark"] == "codec"
     table = Table(show_edge=False)
     for column in (
@@ -85,3 +115,32 @@ def show(report: dict[str, Any]) -> None:
     Console().print(table)
     for name, ratio in report.get("ratios", {}).items():
         click.echo(f"{name}: {ratio:.2f}")
+
+
+def show_cuda(report: dict[str, Any]) -> None:
+    """Print a table a shape: microseconds by side, our share of the rate of a copy, and the ratios."""
+    click.echo(f"{report['gpu']}; kernel times in us, medians of {report['rounds']} graph replays")
+    for found in report["shapes"]:
+        rows, columns = found["shape"]
+        copy = found["copy"]
+        rate = copy["bytes_per_second"] / 1e12
+        title = f"{rows} x {columns}: copy {copy['seconds'] * 1e6:.1f} us, {rate:.2f} TB/s"
+        table = Table(show_edge=False, title=title, title_justify="left")
+        sides = [side for side in ("nf4", report["against"], "cublas") if side is not None]
+        calls = any(result["call"] for result in found["results"])
+        table.add_column("operation")
+        for column in ["nf4", "of copy", *(name for side in sides[1:] for name in (side, "ratio"))]:
+            table.add_column(column, justify="right")
+        if calls:
+            table.add_column("a call from Python", justify="right")
+        for result in found["results"]:
+            name = result["operation"] + (", double" if result["double_quant"] else "")
+            seconds, ratios = result["seconds"], result["ratios"]
+            cells = [f"{seconds['nf4'] * 1e6:.1f}", f"{result['of_copy']:.3f}"]
+            for side in sides[1:]:
+                there = side in ratios
+                cells += [f"{seconds[side] * 1e6:.1f}", f"{ratios[side]:.2f}"] if there else ["", ""]
+            if calls:
+                cells.append(", ".join(f"{side} {t * 1e6:.1f}" for side, t in result["call"].items()))
+            table.add_row(name, *cells)
+        Console().print(table)

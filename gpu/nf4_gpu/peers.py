@@ -1,0 +1,83 @@
+"""The other side of `nf4 bench --device cuda`: bitsandbytes; run as `python -m nf4_gpu.peers`.
+
+The only module of the package that loads PyTorch, and only in a process of its own.
+"""
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import cupy
+
+from nf4_gpu.bench import BLOCK_SIZE, ROWS, Calls, Ours, Replay, activations, measure, product
+
+
+class Bitsandbytes:
+    """bitsandbytes' functions on PyTorch's views of the same memory, in graphs of PyTorch's."""
+
+    def __init__(self) -> None:
+        self._torch: Any = importlib.import_module("torch")
+        self._bnb: Any = importlib.import_module("bitsandbytes")
+
+    def operations(self, weights: Sequence[cupy.ndarray], double: bool) -> dict[str, Calls]:
+        """Return the calls by operation; its double quantization of a weight can't be captured."""
+        functional = self._bnb.functional
+        tensors = [self._torch.from_dlpack(w) for w in weights]
+        quantized = [self._quantize(w, double) for w in tensors]
+        found: dict[str, Calls] = {
+            "dequantize": [partial(functional.dequantize_4bit, *q) for q in quantized],
+        }
+        if not double:
+            # The operator in the function, which itself copies a table from the host; no graph records that.
+            operator = self._torch.ops.bitsandbytes.quantize_4bit.default
+            calls = [partial(operator, w, BLOCK_SIZE, "nf4", self._torch.uint8) for w in tensors]
+            return found | {"quantize": calls}
+        for rows in ROWS:
+            x = self._torch.from_dlpack(activations(rows, weights[0])[0])
+            found[product(rows)] = [partial(self._multiply, x, *q) for q in quantized]
+        return found
+
+    def record(self, calls: Calls) -> Replay:
+        """Return the replay of a graph of the calls."""
+        cuda = self._torch.cuda
+        for call in calls:
+            call()
+        cuda.synchronize()
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
+            for call in calls:
+                call()
+        start, end = (cuda.Event(enable_timing=True) for _ in range(2))
+
+        def replay() -> float:
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3 / len(calls)
+
+        return replay
+
+    def _quantize(self, weight: Any, double: bool) -> Any:
+        return self._bnb.functional.quantize_4bit(
+            weight, blocksize=BLOCK_SIZE, compress_statistics=double, quant_type="nf4"
+        )
+
+    def _multiply(self, x: Any, codes: Any, state: Any) -> Any:
+        with self._torch.no_grad():
+            return self._bnb.matmul_4bit(x, codes.t(), quant_state=state)
+
+
+def main() -> None:
+    """Print the measurements of both sides as one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m nf4_gpu.peers", description=__doc__)
+    parser.add_argument("--rounds", type=int, required=True)
+    rounds = parser.parse_args().rounds
+    print(json.dumps(measure({"nf4": Ours(), "bitsandbytes": Bitsandbytes()}, rounds)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Fixtures of the GPU's tests: they skip where there is no GPU, unless NF4_REQUIRE_GPU=1 demands one."""
+
+import os
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    """Skip, or fail where NF4_REQUIRE_GPU=1, without a GPU."""
+    from nf4_gpu.arrays import require_gpu
+
+    try:
+        require_gpu()
+    except ImportError as error:
+        without(str(error))
+    if os.environ.get("NF4_SANITIZE") == "1":
+        import cupy
+
+        cupy.cuda.set_allocator(
+            None
+        )  # an allocation an array, so that compute-sanitizer sees where each ends
+
+
+@pytest.fixture(scope="session")
+def torch(gpu: None) -> Any:
+    """PyTorch with CUDA."""
+    try:
+        import torch
+    except ImportError as error:
+        without(str(error))
+    if not torch.cuda.is_available():
+        without("this PyTorch has no CUDA")
+    return torch
+
+
+def without(reason: str) -> None:
+    """Skip, or fail where NF4_REQUIRE_GPU=1."""
+    if os.environ.get("NF4_REQUIRE_GPU") == "1":
+        pytest.fail(f"NF4_REQUIRE_GPU=1, and {reason}")
+    pytest.skip(reason)

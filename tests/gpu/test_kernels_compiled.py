@@ -1,0 +1,97 @@
+"""Every kernel compiles for every architecture, without a GPU: no spills, nothing that exactness forbids."""
+
+import re
+from itertools import product
+
+import pytest
+from nf4_gpu.compile import ROOM, compile_kernels
+
+NEWEST_MEASURED = 90  # where each combination is compiled; the other architectures get a few
+OTHERS = (75, 80, 100, 120)
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+BLOCK_SIZES = (32, 64, 512, 4096)  # which differ in code
+TILES = (1, 2, 4, 8)
+FORBIDDEN = re.compile(r"\S*(?:\.ftz|\.approx|div\.full)\S*")
+FUSED = re.compile(r"\b(?:fma|mad)\.(?:r[nzmp]\.)?(?:f16|bf16|f32|f64)\S*")
+
+Case = tuple[str, int, dict[str, int]]
+
+
+def cases() -> list[Case]:
+    found: list[Case] = []
+    for dtype, block, sums in product(DTYPES.values(), BLOCK_SIZES, ({}, {"SUM": 1})):
+        found.append(("blockwise.cu", NEWEST_MEASURED, {"DTYPE": dtype, "BLOCK": block, **sums}))
+    for dtype, block, tiles in product((1, 2), (32, 64), TILES):
+        found.append(("product.cu", NEWEST_MEASURED, {"DTYPE": dtype, "BLOCK": block, "TILES": tiles}))
+    found.append(("product.cu", NEWEST_MEASURED, {"DTYPE": 2, "BLOCK": 4096, "TILES": 1}))
+    for arch in OTHERS:
+        for dtype, block in ((0, 64), (1, 4096), (2, 512)):
+            found.append(("blockwise.cu", arch, {"DTYPE": dtype, "BLOCK": block, "SUM": 1}))
+        if arch >= 80:
+            found += [("product.cu", arch, {"DTYPE": 2, "BLOCK": 64, "TILES": tiles}) for tiles in TILES]
+            found.append(("product.cu", arch, {"DTYPE": 2, "BLOCK": 64, "TILES": 2, "BUFFERS": 2}))
+    for arch in (NEWEST_MEASURED, *OTHERS):
+        found.append(("nested.cu", arch, {"DTYPE": 0}))
+        found += [("random.cu", arch, {"DTYPE": dtype}) for dtype in DTYPES.values()]
+    return found
+
+
+def name(case: Case) -> str:
+    source, arch, defines = case
+    return f"{source}-{arch}-" + "-".join(f"{key}{value}" for key, value in defines.items())
+
+
+@pytest.mark.parametrize("case", cases(), ids=name)
+def test_a_kernel_compiles_without_spills(case: Case) -> None:
+    code, log = compile_kernels(*case)
+    assert code.startswith(b"\x7fELF")
+    spilled = re.findall(r"(\d+) bytes spill", log)
+    assert spilled, log
+    assert set(spilled + re.findall(r"(\d+) bytes stack", log)) == {"0"}, log
+
+
+@pytest.mark.parametrize(
+    ("source", "arch", "defines"),
+    [
+        *(
+            ("blockwise.cu", arch, {"DTYPE": dtype, "BLOCK": 64, "SUM": 1})
+            for dtype in range(3)
+            for arch in (75, 90)
+        ),
+        *(("random.cu", 90, {"DTYPE": dtype}) for dtype in range(3)),
+        ("blockwise.cu", 90, {"DTYPE": 2, "BLOCK": 4096}),
+        ("nested.cu", 75, {"DTYPE": 0}),
+        ("nested.cu", 90, {"DTYPE": 0}),
+    ],
+)
+def test_exact_kernels_neither_flush_nor_approximate_nor_fuse(
+    source: str, arch: int, defines: dict[str, int]
+) -> None:
+    text = compile_kernels(source, arch, defines, "compute")[0].decode()
+    assert ".entry" in text
+    assert not FORBIDDEN.findall(text)
+    assert not FUSED.findall(text)
+
+
+@pytest.mark.parametrize("dtype", [1, 2])
+def test_the_product_neither_flushes_nor_approximates(dtype: int) -> None:
+    text = compile_kernels("product.cu", 90, {"DTYPE": dtype, "BLOCK": 64, "TILES": 2}, "compute")[0].decode()
+    assert "mma.sync" in text
+    assert not FORBIDDEN.findall(text)
+
+
+def test_what_is_forbidden_is_found() -> None:
+    assert FORBIDDEN.findall("\tmul.ftz.f32 %f1, %f2, %f3;\n\trcp.approx.f32 %f1, %f2;") == [
+        "mul.ftz.f32",
+        "rcp.approx.f32",
+    ]
+    assert FUSED.findall("\tfma.rn.f32 %f1;\n\tmad.lo.s32 %r1;\n\tmad.f32 %f2;") == ["fma.rn.f32", "mad.f32"]
+
+
+def test_every_kernel_file_is_compiled_here() -> None:
+    assert {source for source, _, _ in cases()} == {path.name for path in ROOM.glob("*.cu")}
+
+
+def test_a_mistake_is_shown_with_the_compilers_words() -> None:
+    with pytest.raises(RuntimeError, match=r"product.cu for sm_90.*\n.*error"):
+        compile_kernels("product.cu", 90, {"DTYPE": 2, "BLOCK": 64})
