@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import oracle
+import oracle_exact_port
 
 Values = dict[str, Any]
 Matrix = list[list[float]]
@@ -371,6 +372,7 @@ STEPS: dict[str, Callable[[Values], Values]] = {
     "lora_forward": layer_steps,
     "lora_backward": layer_steps,
     "adamw": adamw_steps,
+    **oracle_exact_port.STEPS,
 }
 
 OPERATIONS: dict[str, Callable[[Values], Values]] = {
@@ -401,6 +403,7 @@ OPERATIONS: dict[str, Callable[[Values], Values]] = {
     "loss": loss,
     "lora_step": lora_step,
     "merge": merge,
+    **oracle_exact_port.OPERATIONS,
 }
 
 

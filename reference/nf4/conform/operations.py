@@ -217,4 +217,45 @@ OPERATIONS: dict[str, Operation] = {
         {"y": "=dtype"},
         tolerance={"y": 2**-20},
     ),
+    "exact_product": Operation(
+        ("NF4-14.2", "NF4-14.3"),
+        {"a": "float32", "b": "float32", "shape": "shape"},  # M, K and N
+        {"y": "float32"},
+        steps={"rows": "float32", "columns": "float32"},  # a and b on their grids
+    ),
+    "exact_sum": Operation(
+        ("NF4-14.4",), {"x": "float32", "y": "float32"}, {"sum": "float64"}, frozenset({"y"})
+    ),  # of x, or of the products x * y
+    "exact_exp": Operation(("NF4-14.5",), {"x": "float32"}, {"y": "float32"}),
+    "exact_log": Operation(("NF4-14.6",), {"x": "float32"}, {"y": "float32"}),
+    "exact_swiglu": Operation(("NF4-14.7",), {"gate": "float32", "up": "float32"}, {"y": "float32"}),
+    "exact_swiglu_backward": Operation(
+        ("NF4-14.7",),
+        {"dout": "float32", "gate": "float32", "up": "float32"},
+        {"dgate": "float32", "dup": "float32"},
+    ),
+    "exact_softmax": Operation(("NF4-14.8",), {"z": "float32", "columns": "int"}, {"p": "float32"}),
+    "exact_softmax_backward": Operation(
+        ("NF4-14.8",), {"dout": "float32", "p": "float32", "columns": "int"}, {"dz": "float32"}
+    ),
+    "exact_rms_norm": Operation(
+        ("NF4-14.9",),
+        {"x": "float32", "weight": "float32", "eps": "float64"},
+        {"y": "float32", "rstd": "float32"},  # rstd: r by row
+    ),
+    "exact_rms_norm_backward": Operation(
+        ("NF4-14.9",),
+        {"dout": "float32", "x": "float32", "weight": "float32", "rstd": "float32"},
+        {"dx": "float32"},
+    ),
+    "exact_cross_entropy": Operation(
+        ("NF4-14.10",),
+        {"logits": "float32", "vocabulary": "int", "targets": "ints"},
+        {"losses": "float32", "loss": "float64", "dlogits": "float32"},
+    ),
+    "exact_rotate": Operation(
+        ("NF4-14.11",),
+        {"x": "float32", "cos": "float32", "sin": "float32", "head_dim": "int", "inverse": "bool"},
+        {"y": "float32"},
+    ),  # x [T, heads, head_dim], cos and sin [T, head_dim / 2]
 }

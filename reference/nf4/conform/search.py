@@ -270,17 +270,60 @@ def _update(draw: st.DrawFn) -> Fields:
 
 
 @st.composite
-def _loss(draw: st.DrawFn) -> Fields:
+def _loss(draw: st.DrawFn, parts: bool = True) -> Fields:
     vocabulary = draw(st.integers(1, 8))
-    parts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
-    rows = sum(parts)
+    lengths = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    rows = sum(lengths)
     target = st.one_of(st.integers(0, vocabulary - 1), st.just(-100))
-    return {
+    fields = {
         "logits": draw(_moderate(rows * vocabulary)),
         "vocabulary": vocabulary,
         "targets": draw(st.lists(target, min_size=rows, max_size=rows)),
-        "parts": parts,
     }
+    return {**fields, "parts": lengths} if parts else fields
+
+
+@st.composite
+def _product(draw: st.DrawFn) -> Fields:
+    m, k, n = (draw(st.integers(0, limit)) for limit in (3, 70, 3))
+    a, b = (draw(bit_patterns("float32", size)) for size in (m * k, k * n))
+    return {"a": a, "b": b, "shape": [m, k, n]}
+
+
+@st.composite
+def _sum(draw: st.DrawFn) -> Fields:
+    n = draw(st.one_of(st.integers(0, 40), st.sampled_from([4096, 4097, 9000])))
+    fields = {name: np.resize(draw(bit_patterns("float32", min(n, 40))), n) for name in "xy"}
+    return fields if draw(st.booleans()) else {"x": fields["x"]}
+
+
+@st.composite
+def _side_by_side(draw: st.DrawFn, *names: str) -> Fields:
+    n = draw(st.integers(0, 20))
+    return {name: draw(st.one_of(_moderate(n), bit_patterns("float32", n))) for name in names}
+
+
+@st.composite
+def _rows(draw: st.DrawFn, *names: str) -> Fields:
+    columns, rows = draw(st.integers(1, 9)), draw(st.integers(0, 3))
+    return {name: draw(_moderate(columns * rows)) for name in names} | {"columns": columns}
+
+
+@st.composite
+def _normed(draw: st.DrawFn, backward: bool) -> Fields:
+    n, rows = draw(st.integers(1, 9)), draw(st.integers(0, 3))
+    fields = {"x": draw(_moderate(n * rows)), "weight": draw(_moderate(n))}
+    if not backward:
+        return {**fields, "eps": draw(_one_of(1e-5, 1e-6, 0.1))}
+    return {**fields, "dout": draw(_moderate(n * rows)), "rstd": draw(_moderate(rows, positive=True))}
+
+
+@st.composite
+def _rotated(draw: st.DrawFn) -> Fields:
+    half, rows, heads = draw(st.integers(1, 4)), draw(st.integers(0, 3)), draw(st.integers(1, 3))
+    angles = {name: draw(_moderate(rows * half)) for name in ("cos", "sin")}
+    x = draw(_moderate(rows * heads * 2 * half))
+    return {"x": x, **angles, "head_dim": 2 * half, "inverse": draw(st.booleans())}
 
 
 @st.composite
@@ -324,6 +367,18 @@ INPUTS: dict[str, st.SearchStrategy[Fields]] = {
     "uniform": _keyed(),
     "keep_mask": _keyed(p=st.one_of(_float64(0, 1), _one_of(0.0, 0.5, 1.5))),
     "permutation": _dict(seed=_uint(64), epoch=_uint(64), n=st.integers(0, 50)),
+    "exact_product": _product(),
+    "exact_sum": _sum(),
+    "exact_exp": _dict(x=bit_patterns("float32", finite=False)),
+    "exact_log": _dict(x=bit_patterns("float32", finite=False)),
+    "exact_swiglu": _side_by_side("gate", "up"),
+    "exact_swiglu_backward": _side_by_side("dout", "gate", "up"),
+    "exact_softmax": _rows("z"),
+    "exact_softmax_backward": _rows("dout", "p"),
+    "exact_rms_norm": _normed(backward=False),
+    "exact_rms_norm_backward": _normed(backward=True),
+    "exact_cross_entropy": _loss(parts=False),
+    "exact_rotate": _rotated(),
     "init_adapter": _dict(
         seed=_uint(64),
         name=_names,

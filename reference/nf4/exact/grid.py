@@ -1,0 +1,154 @@
+"""Products and sums that need no order: their operands lie on grids on which every partial sum is exact."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4.errors import InputError
+from nf4.parallel import map_chunks
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+PIECE = 4096
+"""The terms that are summed on one grid (NF4-14.4)."""
+
+SUM_BITS = 41
+"""The bits of a term of a sum, relative to the largest of its piece (NF4-14.4): 41 + log2(PIECE) is 53."""
+
+# Elements that a thread rounds at a time: they stay in its cache from pass to pass.
+_CACHED = 1 << 15
+
+
+@dataclass(frozen=True)
+class Gridded:
+    """An operand of product that is on its grid already (NF4-14.2): a weight, say, that is used again.
+
+    values has the operand's shape; its dtype is float64, or float32, which holds the same numbers in half the
+    memory.
+    """
+
+    values: NDArray[Any]
+
+
+def product_bits(k: int) -> int:
+    """The bits q of the operands of a product that sums k terms (NF4-14.2)."""
+    return min(24, (53 - max(k - 1, 0).bit_length()) // 2)
+
+
+def rows(a: Float32) -> Gridded:
+    """Put each row of a left operand a float32 [..., M, K] on its grid (NF4-14.2).
+
+    Raises InputError where an element is not finite.
+    """
+    return Gridded(_on_grid(a, -1))
+
+
+def columns(b: Float32) -> Gridded:
+    """Put each column of a right operand b float32 [..., K, N] on its grid (NF4-14.2).
+
+    Raises InputError where an element is not finite.
+    """
+    return Gridded(_on_grid(b, -2))
+
+
+def product(a: "Float32 | Gridded", b: "Float32 | Gridded", out: Float32 | None = None) -> Float32:
+    """Return a [..., M, K] times b [..., K, N], float32, the same bits in any order of the sums (NF4-14.3).
+
+    Each is a float32 array, or what rows or columns made of one. out: a float32 array to write into. Leading
+    axes broadcast. Raises InputError where an element is not finite.
+    """
+    left = a.values if isinstance(a, Gridded) else _on_grid(a, -1)
+    right = b.values if isinstance(b, Gridded) else _on_grid(b, -2)
+    sums = np.matmul(left, right, dtype=np.float64)
+    out = np.empty(sums.shape, np.float32) if out is None else out
+    with np.errstate(over="ignore", under="ignore"):
+        np.copyto(out, sums, casting="same_kind")
+    np.add(out, np.float32(0), out=out)  # -0 to +0
+    return out
+
+
+def total(x: NDArray[Any]) -> Float64:
+    """Return the sums over the last axis of x [..., n], float32 or float64, in float64 [...] (NF4-14.4).
+
+    Raises InputError where an element is not finite.
+    """
+    n = x.shape[-1]
+    parts = np.zeros((*x.shape[:-1], -(-n // PIECE)))
+    for i in range(parts.shape[-1]):
+        parts[..., i] = _piece(x[..., i * PIECE : (i + 1) * PIECE])
+    if parts.shape[-1] > 1:
+        return total(parts)
+    sums: Float64 = parts.sum(-1)
+    return sums
+
+
+def dot(x: Float32, y: Float32) -> Float64:
+    """Return the sums over the last axis of x * y, both float32 [..., n], in float64 [...] (NF4-14.4).
+
+    The products are exact. Raises InputError where an element is not finite.
+    """
+    with np.errstate(invalid="ignore"):
+        return total(np.multiply(x, y, dtype=np.float64))
+
+
+def _piece(x: NDArray[Any]) -> Float64:
+    """Sums over the last axis, of 1 to PIECE terms."""
+    big = _magic(_top(x, -1), SUM_BITS)
+    terms = x + big
+    terms -= big
+    sums: Float64 = terms.sum(-1)
+    return sums
+
+
+def _on_grid(x: Float32, axis: int) -> Float64:
+    """x [..., M, K] with each row (axis -1) or column (-2) rounded to its grid, in the memory order of x."""
+    if x.dtype != np.float32:
+        raise InputError(f"an operand of an exact product is {x.dtype}; it must be float32")
+    if x.mT.flags.c_contiguous and not x.flags.c_contiguous:
+        return _on_grid(x.mT, -3 - axis).mT
+    out = np.empty(x.shape)
+    if not x.size:
+        return out
+    bits = product_bits(x.shape[axis])
+    chunk = max(1, _CACHED // (x.size // len(x)))
+    shared: Float64 | None = None
+    if x.ndim == 2 and axis == -2:  # otherwise whole rows or columns lie within a chunk
+        tops = np.empty((-(-len(x) // chunk), x.shape[1]), np.float32)
+
+        def find(start: int, stop: int) -> None:
+            tops[start // chunk] = _top(x[start:stop], -2)
+
+        map_chunks(find, len(x), chunk)
+        shared = _magic(tops.max(0), bits)
+
+    def put(start: int, stop: int) -> None:
+        part = out[start:stop]
+        big = _magic(_top(x[start:stop], axis), bits) if shared is None else shared
+        np.copyto(part, x[start:stop])
+        np.add(part, big, out=part)
+        np.subtract(part, big, out=part)
+
+    map_chunks(put, len(x), chunk)
+    return out
+
+
+def _top(x: NDArray[Any], axis: int) -> NDArray[Any]:
+    """The largest magnitudes along an axis, which stays with length 1; a NaN where there is one."""
+    top: NDArray[Any] = np.maximum(x.max(axis, keepdims=True), -x.min(axis, keepdims=True))
+    return top
+
+
+def _magic(top: NDArray[Any], bits: int) -> Float64:
+    """What rounds a number to a multiple of 2^(e - bits) once it is added and then subtracted, in float64.
+
+    2^(e - 1) <= top < 2^e. A sum of 1.5 * 2^52 units and less than 2^51 has no bits below the unit, and is
+    even just where the second term is.
+    """
+    if not np.isfinite(top).all():
+        raise InputError("an operand of an exact sum or product has a NaN or an infinity (NF4-14.1)")
+    _, exponent = np.frexp(top)
+    magic: Float64 = np.ldexp(1.5, exponent + (52 - bits))
+    return magic
