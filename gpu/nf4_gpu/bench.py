@@ -24,7 +24,7 @@ SHAPES = ((8192, 28672), (4096, 14336), (4096, 4096))
 BLOCK_SIZE = 64
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 PEER_PACKAGES = ("torch", "bitsandbytes")
-_API_CALLS = 200
+_SMALL, _API_CALLS = (256, 256), 200
 
 Calls = Sequence[Callable[[], object]]
 """One operation on one set of buffers each."""
@@ -38,8 +38,8 @@ class Side(Protocol):
     def operations(self, weights: Sequence[cupy.ndarray], double: bool) -> Mapping[str, Calls]:
         """Return calls by operation for each of weights, bfloat16 [out, in]."""
 
-    def record(self, calls: Calls) -> Replay:
-        """Return the replay of a graph of the calls."""
+    def record(self, operation: str, calls: Calls) -> Replay:
+        """Return the replay of an operation's calls, in a graph."""
 
 
 def run(rounds: int, against: str | None) -> dict[str, Any]:
@@ -65,11 +65,12 @@ def run(rounds: int, against: str | None) -> dict[str, Any]:
 
 
 def measure(sides: Mapping[str, Side], rounds: int) -> dict[str, Any]:
-    """Return the GPU's name and the results by shape: seconds of a call, and fractions of the copy's rate."""
+    """Return the GPU's name, seconds and shares of the copy's rate by shape, and what calls cost the host."""
     properties = runtime.getDeviceProperties(runtime.getDevice())
     with cupy.cuda.Stream(non_blocking=True):
         shapes = [_measure_shape(shape, sides, rounds, properties["l2CacheSize"]) for shape in SHAPES]
-    return {"gpu": properties["name"].decode(), "shapes": shapes}
+        calls = _measure_calls(sides)
+    return {"gpu": properties["name"].decode(), "shapes": shapes, "calls": calls}
 
 
 class Ours:
@@ -90,7 +91,7 @@ class Ours:
                 found[product(rows)] = [partial(matmul, x, q, y) for q in tensors]
         return found
 
-    def record(self, calls: Calls) -> Replay:
+    def record(self, operation: str, calls: Calls) -> Replay:
         """Return the replay of a graph of the calls, captured on the current stream."""
         return record(calls)
 
@@ -106,7 +107,7 @@ class Unquantized:
             found[product(rows)] = [partial(multiply, x, w, y, transpose_b=True) for w in weights]
         return found
 
-    def record(self, calls: Calls) -> Replay:
+    def record(self, operation: str, calls: Calls) -> Replay:
         """Return the replay of a graph of the calls, captured on the current stream."""
         return record(calls)
 
@@ -156,16 +157,32 @@ def medians(replays: Mapping[str, Replay], rounds: int) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def call_seconds(call: Callable[[], object]) -> float:
-    """Return the median seconds until a call returns, on an idle device."""
+def _measure_calls(sides: Mapping[str, Side]) -> list[dict[str, Any]]:
+    """Return the host's seconds of a call, with weights so small that the device is never waited for."""
+    weights = [cupy.ones(_SMALL, BFLOAT16)]
+    results = []
+    for double in (False, True):
+        operations = {name: side.operations(weights, double) for name, side in sides.items()}
+        for operation in operations["nf4"]:
+            seconds = {
+                name: _call_seconds(found[operation][0])
+                for name, found in operations.items()
+                if operation in found
+            }
+            results.append({"operation": operation, "double_quant": double, "seconds": seconds})
+    return results
+
+
+def _call_seconds(call: Callable[[], object]) -> float:
+    """Return the seconds of one of many calls in a row: the median of five runs, after five of warm-up."""
     times = []
-    for _ in range(_API_CALLS):
+    for _ in range(10):
         cupy.cuda.Device().synchronize()
         started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    cupy.cuda.Device().synchronize()
-    return statistics.median(times[_API_CALLS // 10 :])
+        for _ in range(_API_CALLS):
+            call()
+        times.append((time.perf_counter() - started) / _API_CALLS)
+    return statistics.median(times[5:])
 
 
 def _measure_shape(shape: tuple[int, int], sides: Mapping[str, Side], rounds: int, l2: int) -> dict[str, Any]:
@@ -183,7 +200,7 @@ def _measure_shape(shape: tuple[int, int], sides: Mapping[str, Side], rounds: in
         operations = {name: side.operations(weights, double) for name, side in contenders.items()}
         for operation in operations["nf4"]:
             replays = {
-                name: contenders[name].record(found[operation])
+                name: contenders[name].record(operation, found[operation])
                 for name, found in operations.items()
                 if operation in found
             }
@@ -193,11 +210,6 @@ def _measure_shape(shape: tuple[int, int], sides: Mapping[str, Side], rounds: in
                     "double_quant": double,
                     "bytes": _bytes_moved(operation, n, double),
                     **_summary(medians({"copy": copy, **replays}, rounds), n, operation, double),
-                    "call": {
-                        name: call_seconds(operations[name][operation][0])
-                        for name in replays
-                        if shape == SHAPES[-1]
-                    },
                 }
             )
         del operations, replays

@@ -42,7 +42,7 @@ def encode_absmax(absmax: NDArray[np.float32]) -> Outputs:
     if not ((absmax >= 0) & (absmax < np.inf)).all():
         raise InputError("an absmax is finite and not negative")
     on_device, nested = cupy.asarray(absmax), empty_nested(absmax.size)
-    encode_nested(on_device, sum_absmax(on_device), nested, 0)
+    encode_nested(on_device, absmax.size, sum_absmax(on_device), nested, 0)
     decode_nested(nested, on_device)
     if not np.isfinite(cupy.asnumpy(on_device)).all():
         raise InputError("an absmax would decode to an infinity")

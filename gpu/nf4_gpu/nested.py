@@ -44,13 +44,12 @@ def sum_absmax(absmax: cupy.ndarray) -> cupy.ndarray:
     return bins
 
 
-def encode_nested(absmax: Any, bins: cupy.ndarray, out: NestedAbsmax, status: int) -> None:
-    """Launch the 8-bit form of absmax [n], not negative, with its sum in bins, into out (NF4-6.1 to NF4-6.3).
+def encode_nested(absmax: Any, n: int, bins: cupy.ndarray, out: NestedAbsmax, status: int) -> None:
+    """Launch the 8-bit form of n absmax, not negative, with their sum in bins, into out (NF4-6.1 to NF4-6.3).
 
     status is the address of an int that is set where a finite absmax would decode to an infinity (NF4-6.6),
     or 0.
     """
-    n = absmax.size
     if n == 0:
         runtime.memsetAsync(address(out.offset), 0, 4, cupy.cuda.get_current_stream().ptr)
         return

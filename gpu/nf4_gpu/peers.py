@@ -23,7 +23,7 @@ class Bitsandbytes:
         self._bnb: Any = importlib.import_module("bitsandbytes")
 
     def operations(self, weights: Sequence[cupy.ndarray], double: bool) -> dict[str, Calls]:
-        """Return the calls by operation; its double quantization of a weight can't be captured."""
+        """Return the calls by operation; but for quantize with double quantization."""
         functional = self._bnb.functional
         tensors = [self._torch.from_dlpack(w) for w in weights]
         quantized = [self._quantize(w, double) for w in tensors]
@@ -31,30 +31,34 @@ class Bitsandbytes:
             "dequantize": [partial(functional.dequantize_4bit, *q) for q in quantized],
         }
         if not double:
-            # The operator in the function, which itself copies a table from the host; no graph records that.
-            operator = self._torch.ops.bitsandbytes.quantize_4bit.default
-            calls = [partial(operator, w, BLOCK_SIZE, "nf4", self._torch.uint8) for w in tensors]
-            return found | {"quantize": calls}
+            return found | {"quantize": [partial(self._quantize, w, False) for w in tensors]}
         for rows in ROWS:
             x = self._torch.from_dlpack(activations(rows, weights[0])[0])
             found[product(rows)] = [partial(self._multiply, x, *q) for q in quantized]
         return found
 
-    def record(self, calls: Calls) -> Replay:
-        """Return the replay of a graph of the calls."""
+    def record(self, operation: str, calls: Calls) -> Replay:
+        """Return the replay of a graph of the calls; quantize, which no graph records, is called."""
         cuda = self._torch.cuda
         for call in calls:
             call()
         cuda.synchronize()
-        graph = cuda.CUDAGraph()
-        with cuda.graph(graph):
+
+        def run() -> None:
             for call in calls:
                 call()
+
+        play = run
+        if operation != "quantize":
+            graph = cuda.CUDAGraph()
+            with cuda.graph(graph):
+                run()
+            play = graph.replay
         start, end = (cuda.Event(enable_timing=True) for _ in range(2))
 
         def replay() -> float:
             start.record()
-            graph.replay()
+            play()
             end.record()
             end.synchronize()
             return float(start.elapsed_time(end)) / 1e3 / len(calls)

@@ -16,7 +16,8 @@ from nf4_gpu.codebooks import tables
 from nf4_gpu.compile import capability, kernel, processors, shared_memory
 from nf4_gpu.tensor import check_tensor, dequantize
 
-FEW = 64  # rows of x up to which the kernel is faster than decoding and cuBLAS
+FEW, FEW_OF_SMALL = 64, 32  # rows of x up to which the kernel beat decoding and cuBLAS (H100): of any weight,
+SMALL = 1 << 25  # and of one with fewer elements than this
 _NEEDS = 80  # bfloat16 on tensor cores, asynchronous copies
 _STAGE, _TABLE, _STATIC = 256, 256 * 32 * 4, 2048  # as in product.cu: columns, and bytes of shared memory
 
@@ -78,7 +79,7 @@ def _fits(x: cupy.ndarray, rows: int, q: QuantizedTensor) -> bool:
     """Whether product.cu takes it: 16-bit rows that are whole chunks, aligned, on a GPU that can."""
     outputs, inputs = q.shape
     return bool(
-        rows <= FEW
+        rows <= (FEW_OF_SMALL if q.size < SMALL else FEW)
         and x.dtype != FLOAT32
         and 0 < inputs < 1 << 31
         and inputs % min(q.block_size, 64) == 0

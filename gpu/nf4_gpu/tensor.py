@@ -53,10 +53,10 @@ def quantize(
     refused, not_finite, would_overflow = _refusals() if waiting else (None, 0, 0)
     if isinstance(out.absmax, NestedAbsmax):
         blocks = out.absmax.codes.size
-        absmax = scratch.take("absmax", blocks, cupy.float32)[:blocks]
+        absmax = scratch.take("absmax", blocks, cupy.float32)
         bins = take_bins()
         encode(x, block_size, book, out.codes, absmax, not_finite, bins)
-        encode_nested(absmax, bins, out.absmax, would_overflow)
+        encode_nested(absmax, blocks, bins, out.absmax, would_overflow)
     else:
         encode(x, block_size, book, out.codes, out.absmax, not_finite)
     if refused is not None:
@@ -75,13 +75,12 @@ def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None, out: Any = No
     """
     if dtype is not None:
         kind = np.dtype(dtype)
-        check_dtype(kind)
     elif out is not None:
         out = on_device(out, "out")
         kind = out.dtype
-        check_dtype(kind)
     else:
         kind = q.dtype
+    check_dtype(kind)
     check_tensor(q)
     out = cupy.empty(q.shape, kind) if out is None else check_output(out, (q.shape, (q.size,)), kind)
     decode(q.codes, q.absmax, q.block_size, q.codebook, out)
@@ -181,7 +180,7 @@ def _check_like(
             f"out is a quantized {out.dtype} {list(out.shape)} in blocks of {out.block_size}, "
             f"double-quantized: {nested}; x asks for {x.dtype} {list(x.shape)}, {block_size}, {double_quant}"
         )
-    if out.codebook != codebook:
+    if out.codebook is not codebook and out.codebook != codebook:
         raise InputError(f"out has the codebook {out.codebook.name}, not {codebook.name}")
     if isinstance(out.absmax, NestedAbsmax):
         usual = dynamic_map(runtime.getDevice())[0]

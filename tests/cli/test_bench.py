@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nf4.bench import codec, machine, train
+from nf4.cli.bench import show_cuda
 from nf4.errors import InputError
 
 Run = Callable[..., str]
@@ -130,3 +131,26 @@ def test_a_childs_peak_memory_is_not_its_parents() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert machine.peak_bytes() > ours.nbytes
     assert 5e6 < int(done.stdout) < ours.nbytes
+
+
+def test_a_gpu_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> None:
+        raise ImportError("nf4_gpu needs an NVIDIA GPU")
+
+    monkeypatch.setattr("nf4_gpu.arrays.require_gpu", none)
+    assert "--device cuda: nf4_gpu needs an NVIDIA GPU" in run("bench", "--device", "cuda", exit_code=2)
+    assert "runs on the CPU" in run("bench", "train", "--device", "cuda", exit_code=2)
+
+
+def test_the_tables_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"operation": "x W^T, 1 row", "double_quant": True, "of_copy": 0.7}
+    times = {"seconds": {"nf4": 5e-5, "cublas": 1.6e-4, "copy": 3e-4}, "ratios": {"cublas": 3.2}}
+    shape = {"shape": [8192, 28672], "copy": {"seconds": 3e-4, "bytes_per_second": 3e12}}
+    call = {"operation": "dequantize", "double_quant": False, "seconds": {"nf4": 1.2e-5}}
+    report = {"gpu": "a GPU", "rounds": 20, "against": None, "calls": [call]}
+    show_cuda({**report, "shapes": [{**shape, "results": [{**result, **times}]}]})
+    shown = capsys.readouterr().out
+    assert "8192 x 28672: copy 300.0 us, 3.00 TB/s" in shown
+    assert "x W^T, 1 row, double" in shown
+    for figure in ("50.0", "0.700", "160.0", "3.20", "12.0"):
+        assert figure in shown

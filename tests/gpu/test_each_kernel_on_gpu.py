@@ -5,6 +5,7 @@
 and likewise with racecheck and initcheck.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import cupy
@@ -24,6 +25,13 @@ from nf4_gpu.tensor import check, dequantize, quantize, to_device, to_host
 from numpy.typing import NDArray
 
 pytestmark = pytest.mark.usefixtures("gpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_for_small_weights_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nf4_gpu.product.SMALL", 0)
+        yield
 
 
 def normal(*shape: int, dtype: str = "float32") -> NDArray[Any]:

@@ -1,5 +1,6 @@
 """Products with a quantized weight: within the bound of NF4-4.3, the same each run, exact where possible."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import cupy
@@ -21,6 +22,13 @@ BOUNDS = {"float16": 2.0**-9, "bfloat16": 2.0**-6}
 INTEGERS = Codebook("integers", np.arange(-7, 9, dtype=np.float32))  # exact in both 16-bit dtypes
 dtypes = pytest.mark.parametrize("dtype", list(DTYPES))
 rows_of_a_product = st.one_of(st.integers(1, 70), st.sampled_from([1, 8, 9, 16, 17, 32, 33, 64, 65, 130]))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernels_for_small_weights_too() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nf4_gpu.product.SMALL", 0)
+        yield
 
 
 def check_bound(y: Any, x: NDArray[Any], w: NDArray[Any], terms: int) -> None:
@@ -124,6 +132,14 @@ def test_what_is_not_finite_stays_so(dtype: str, rows: int) -> None:
     y = cupy.asnumpy(matmul(cupy.asarray(x), q)).astype(np.float32)
     assert np.isnan(y[0]).all()
     assert np.isfinite(y[1:]).all()
+
+
+def test_more_rows_of_a_small_weight_go_through_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = nf4.quantize(np.random.default_rng(0).standard_normal((96, 64), dtype=np.float32))
+    x = np.random.default_rng(1).standard_normal((33, 64), dtype=np.float32).astype(DTYPES["bfloat16"])
+    monkeypatch.setattr("nf4_gpu.product.SMALL", q.size + 1)
+    monkeypatch.setattr("nf4_gpu.product._few_rows", None)
+    check_bound(matmul(cupy.asarray(x), to_device(q)), x, decoded(q, "bfloat16").T, 64)
 
 
 def test_leading_dimensions_are_rows() -> None:

@@ -127,12 +127,9 @@ def show_cuda(report: dict[str, Any]) -> None:
         title = f"{rows} x {columns}: copy {copy['seconds'] * 1e6:.1f} us, {rate:.2f} TB/s"
         table = Table(show_edge=False, title=title, title_justify="left")
         sides = [side for side in ("nf4", report["against"], "cublas") if side is not None]
-        calls = any(result["call"] for result in found["results"])
-        table.add_column("operation")
+        table.add_column("operation", no_wrap=True)
         for column in ["nf4", "of copy", *(name for side in sides[1:] for name in (side, "ratio"))]:
             table.add_column(column, justify="right")
-        if calls:
-            table.add_column("a call from Python", justify="right")
         for result in found["results"]:
             name = result["operation"] + (", double" if result["double_quant"] else "")
             seconds, ratios = result["seconds"], result["ratios"]
@@ -140,7 +137,15 @@ def show_cuda(report: dict[str, Any]) -> None:
             for side in sides[1:]:
                 there = side in ratios
                 cells += [f"{seconds[side] * 1e6:.1f}", f"{ratios[side]:.2f}"] if there else ["", ""]
-            if calls:
-                cells.append(", ".join(f"{side} {t * 1e6:.1f}" for side, t in result["call"].items()))
             table.add_row(name, *cells)
         Console().print(table)
+    table = Table(show_edge=False, title="a call from Python, us of the host", title_justify="left")
+    table.add_column("operation")
+    sides = [side for side in ("nf4", report["against"]) if side is not None]
+    for side in sides:
+        table.add_column(side, justify="right")
+    for result in report["calls"]:
+        name = result["operation"] + (", double" if result["double_quant"] else "")
+        seconds = result["seconds"]
+        table.add_row(name, *(f"{seconds[side] * 1e6:.1f}" if side in seconds else "" for side in sides))
+    Console().print(table)
