@@ -91,6 +91,9 @@ def test_shapes_and_memory() -> None:
     own = x.copy()
     assert elementary.exp(own, own) is own
     assert (own == y).all()
+    own[0, :4] = (0, -1, np.nan, np.inf)
+    expected = elementary.log(own)
+    assert np.array_equal(elementary.log(own, own), expected, equal_nan=True)
     with pytest.raises(ValueError, match="copy"):
         elementary.exp(x, np.empty((400, 300), np.float32).T)
 

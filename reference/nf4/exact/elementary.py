@@ -43,8 +43,8 @@ LOG_COEFFICIENTS = tuple(
 _INTEGER = 1.5 * 2.0**52
 _SQRT_HALF = np.array(math.sqrt(0.5)).view(np.int64)
 _ONE = np.array(1.0).view(np.int64)
-# Elements that go through all passes at a time: the two arrays of float64 stay in the cache.
-_CACHED = 1 << 14
+# Elements that go through all passes at a time: three arrays of float64 stay in the cache.
+_CACHED = 1 << 15
 
 
 def exp(x: Float32, out: Float32 | None = None) -> Float32:
@@ -64,57 +64,56 @@ def log(x: Float32, out: Float32 | None = None) -> Float32:
     return _by_chunks(_log_into, x, out)
 
 
-def _by_chunks(into: Callable[[Float32, Float32], None], x: Float32, out: Float32 | None) -> Float32:
+def _by_chunks(into: Callable[[Float32, Float32, Float64], None], x: Float32, out: Float32 | None) -> Float32:
     out = np.empty(x.shape, np.float32) if out is None else out
     source, target = np.ascontiguousarray(x, np.float32).reshape(-1), out.reshape(-1, copy=False)
 
     def work(start: int, stop: int) -> None:
+        scratch = np.empty((3, min(_CACHED, stop - start)))
         with np.errstate(all="ignore"):
             for i in range(start, stop, _CACHED):
                 j = min(i + _CACHED, stop)
-                into(source[i:j], target[i:j])
+                into(source[i:j], target[i:j], scratch[:, : j - i])
 
     map_spans(work, source.size, _CACHED)
     return out
 
 
-def _exp_into(x: Float32, out: Float32) -> None:
-    t: Float64 = np.empty(x.shape)
-    p: Float64 = np.empty(x.shape)
-    np.maximum(x, np.float32(-104), out=out)
-    np.minimum(out, np.float32(89), out=out)
-    np.copyto(t, out)
-    t *= LOG2_E
-    k = t + _INTEGER
+def _exp_into(x: Float32, out: Float32, scratch: Float64) -> None:
+    f, p, k = scratch
+    np.clip(x, np.float32(-104), np.float32(89), out=out)
+    np.copyto(f, out)
+    np.multiply(f, LOG2_E, out=f)
+    np.add(f, _INTEGER, out=k)
     np.subtract(k, _INTEGER, out=p)
-    t -= p
-    np.multiply(t, EXP_COEFFICIENTS[-1], out=p)
-    for c in (*reversed(EXP_COEFFICIENTS[:-1]), 1.0):
-        p += c
-        if c != 1.0:
-            p *= t
-    scale = k.view(np.int64)
-    scale <<= 52  # k as an exponent: what stood above it falls off
-    bits = p.view(np.int64)
-    bits += scale
+    np.subtract(f, p, out=f)
+    np.multiply(f, EXP_COEFFICIENTS[-1], out=p)
+    for c in EXP_COEFFICIENTS[-2::-1]:
+        np.add(p, c, out=p)
+        np.multiply(p, f, out=p)
+    np.add(p, 1.0, out=p)
+    scale, bits = k.view(np.int64), p.view(np.int64)
+    np.left_shift(scale, 52, out=scale)  # k as an exponent: what stood above it falls off
+    np.add(bits, scale, out=bits)
     np.copyto(out, p, casting="same_kind")
 
 
-def _log_into(x: Float32, out: Float32) -> None:
-    m = x.astype(np.float64)
+def _log_into(x: Float32, out: Float32, scratch: Float64) -> None:
+    special = [(x == 0, -np.inf), (x == np.inf, np.inf), (~(x >= 0), np.nan)]  # out may be x
+    m, p, z = scratch
+    np.copyto(m, x)
     bits = m.view(np.int64)
     k = (bits - _SQRT_HALF) >> 52
     bits -= k << 52
-    f = m - 1.0
-    s = f / (m + 1.0)
-    z = s * s
-    p = z * LOG_COEFFICIENTS[-1]
-    for c in (*reversed(LOG_COEFFICIENTS[:-1]), 2.0):
-        p += c
-        if c != 2.0:
-            p *= z
+    s = (m - 1.0) / (m + 1.0)
+    np.multiply(s, s, out=z)
+    np.multiply(z, LOG_COEFFICIENTS[-1], out=p)
+    for c in LOG_COEFFICIENTS[-2::-1]:
+        np.add(p, c, out=p)
+        np.multiply(p, z, out=p)
+    p += 2.0
     p *= s
     p += k * LN_2
     np.copyto(out, p, casting="same_kind")
-    for special, value in ((x == 0, -np.inf), (x == np.inf, np.inf), (~(x >= 0), np.nan)):
-        out[special] = value
+    for where, value in special:
+        out[where] = value

@@ -60,9 +60,9 @@ def product(a: "Float32 | Gridded", b: "Float32 | Gridded", out: Float32 | None 
     Each is a float32 array, or what rows or columns made of one. out: a float32 array to write into. Leading
     axes broadcast. Raises InputError where an element is not finite.
     """
-    left = a.values if isinstance(a, Gridded) else _on_grid(a, -1)
-    right = b.values if isinstance(b, Gridded) else _on_grid(b, -2)
-    sums = np.matmul(left, right, dtype=np.float64)
+    left = a.values.astype(np.float64, copy=False) if isinstance(a, Gridded) else _on_grid(a, -1)
+    right = b.values.astype(np.float64, copy=False) if isinstance(b, Gridded) else _on_grid(b, -2)
+    sums = np.matmul(left, right)
     out = np.empty(sums.shape, np.float32) if out is None else out
     with np.errstate(over="ignore", under="ignore"):
         np.copyto(out, sums, casting="same_kind")
@@ -75,14 +75,7 @@ def total(x: NDArray[Any]) -> Float64:
 
     Raises InputError where an element is not finite.
     """
-    n = x.shape[-1]
-    parts = np.zeros((*x.shape[:-1], -(-n // PIECE)))
-    for i in range(parts.shape[-1]):
-        parts[..., i] = _piece(x[..., i * PIECE : (i + 1) * PIECE])
-    if parts.shape[-1] > 1:
-        return total(parts)
-    sums: Float64 = parts.sum(-1)
-    return sums
+    return _total(x.astype(np.float64))
 
 
 def dot(x: Float32, y: Float32) -> Float64:
@@ -90,14 +83,25 @@ def dot(x: Float32, y: Float32) -> Float64:
 
     The products are exact. Raises InputError where an element is not finite.
     """
+    terms = x.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        return total(np.multiply(x, y, dtype=np.float64))
+        terms *= y
+    return _total(terms)
 
 
-def _piece(x: NDArray[Any]) -> Float64:
-    """Sums over the last axis, of 1 to PIECE terms."""
-    big = _magic(_top(x, -1), SUM_BITS)
-    terms = x + big
+def _total(terms: Float64) -> Float64:
+    """total of terms [..., n], which are overwritten."""
+    n = terms.shape[-1]
+    sums = [_piece(terms[..., i : i + PIECE]) for i in range(0, n, PIECE)]
+    if not sums:
+        return np.zeros(terms.shape[:-1])
+    return _total(np.stack(sums, -1)) if len(sums) > 1 else sums[0]
+
+
+def _piece(terms: Float64) -> Float64:
+    """Sums over the last axis, of 1 to PIECE terms, which are overwritten."""
+    big = _magic(_top(terms, -1), SUM_BITS)
+    terms += big
     terms -= big
     sums: Float64 = terms.sum(-1)
     return sums
