@@ -206,7 +206,7 @@ def cross_entropy(logits: Rows, targets: list[int]) -> tuple[list[int], Fraction
     count = sum(target != -100 for target in targets)
     if not count or any(t != -100 and not 0 <= t < len(z) for z, t in zip(logits, targets, strict=True)):
         raise RefusedError(f"targets {targets} (NF4-10.9)")
-    s = rounded(Fraction(1, count))
+    s = rounded(rn64(Fraction(1, count)))
     losses, gradient = [], []
     for z, target in zip(logits, targets, strict=True):
         if target == -100:
