@@ -5,6 +5,8 @@ from typing import Any
 import cupy
 import numpy as np
 from nf4.codebooks import get_codebook
+from nf4.conform.reference.codec import nested as nested_of
+from nf4.conform.reference.codec import tensor as tensor_of
 from nf4.conform.reference.training import linear_layer, scalar, token_rows
 from nf4.errors import InputError
 from nf4.floats import DTYPES
@@ -51,7 +53,7 @@ def encode_absmax(absmax: NDArray[np.float32]) -> Outputs:
 
 def decode_absmax(**nested: Any) -> Outputs:
     """Return absmax float32 [blocks] (NF4-6.4)."""
-    scales = _nested(**nested)
+    scales = nested_of(**nested)
     # As the absmax of blocks of 32, of which it checks what NF4-12.5 asks for.
     shape = (32 * scales.codes.size,)
     zeros = np.zeros(16 * scales.codes.size, np.uint8)
@@ -64,7 +66,7 @@ def decode_absmax(**nested: Any) -> Outputs:
 
 def dequantize(codes: NDArray[np.uint8], absmax: NDArray[np.float32], **tensor: Any) -> Outputs:
     """Return y, of shape and dtype (NF4-4)."""
-    return _decoded(codes, absmax, **tensor)
+    return _decoded(tensor_of(codes, absmax, **tensor))
 
 
 def dequantize_double(
@@ -76,7 +78,7 @@ def dequantize_double(
     **nested: Any,
 ) -> Outputs:
     """Return y, of shape and dtype (NF4-4, NF4-6.4)."""
-    return _decoded(codes, _nested(**nested), shape, dtype, block_size, codebook)
+    return _decoded(tensor_of(codes, nested_of(**nested), shape, dtype, block_size, codebook))
 
 
 def keep_mask(seed: Any, stream: Any, sample: Any, n: int, p: Any) -> Outputs:
@@ -111,32 +113,10 @@ def _forward(x: Array, **layer: Any) -> tuple[LoRALinear, cupy.ndarray, LoRACach
     return linear, *linear.forward(rows, dropout)
 
 
-def _nested(
-    absmax_codes: NDArray[np.uint8],
-    nested_absmax: NDArray[np.float32],
-    offset: NDArray[np.float32],
-    map: NDArray[np.float32],
-) -> NestedAbsmax:
-    if offset.size != 1:
-        raise InputError(f"offset has {offset.size} elements, must be one float32")
-    return NestedAbsmax(absmax_codes, nested_absmax, offset[0], map)
-
-
 def _nested_outputs(nested: NestedAbsmax) -> Outputs:
     codes, absmax, offset = (cupy.asnumpy(array) for array in (nested.codes, nested.absmax, nested.offset))
     return {"absmax_codes": codes, "nested_absmax": absmax, "offset": offset.reshape(1)}
 
 
-def _decoded(
-    codes: NDArray[np.uint8],
-    absmax: NDArray[np.float32] | NestedAbsmax,
-    shape: list[int],
-    dtype: str,
-    block_size: int,
-    codebook: str,
-) -> Outputs:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-    book = get_codebook(codebook)
-    q = to_device(QuantizedTensor(codes, absmax, tuple(shape), DTYPES[dtype], block_size, book))
-    return {"y": cupy.asnumpy(dequantize_tensor(q))}
+def _decoded(q: QuantizedTensor) -> Outputs:
+    return {"y": cupy.asnumpy(dequantize_tensor(to_device(q)))}

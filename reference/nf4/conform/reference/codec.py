@@ -1,6 +1,5 @@
 """The operations of chapters 2 to 7 on the reference: codebooks, conversion, encode, decode, nesting."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,7 @@ def decode_absmax(
     map: NDArray[np.float32],
 ) -> Outputs:
     """Return absmax float32 [blocks] (NF4-6.4)."""
-    return {"absmax": decode_nested(_nested(absmax_codes, nested_absmax, offset, map))}
+    return {"absmax": decode_nested(nested(absmax_codes, nested_absmax, offset, map))}
 
 
 def dequantize(
@@ -73,7 +72,7 @@ def dequantize(
     codebook: str,
 ) -> Outputs:
     """Return y, of shape and dtype (NF4-4)."""
-    return _decoded(codes, absmax, shape, dtype, block_size, codebook)
+    return _decoded(tensor(codes, absmax, shape, dtype, block_size, codebook))
 
 
 def dequantize_double(
@@ -88,8 +87,8 @@ def dequantize_double(
     codebook: str,
 ) -> Outputs:
     """Return y, of shape and dtype (NF4-4, NF4-6.4)."""
-    nested = _nested(absmax_codes, nested_absmax, offset, map)
-    return _decoded(codes, nested, shape, dtype, block_size, codebook)
+    scales = nested(absmax_codes, nested_absmax, offset, map)
+    return _decoded(tensor(codes, scales, shape, dtype, block_size, codebook))
 
 
 def storage(elements: int, block_size: int, double_quant: bool) -> Outputs:
@@ -104,15 +103,16 @@ def storage(elements: int, block_size: int, double_quant: bool) -> Outputs:
     return {"bytes": q.nbytes}
 
 
-def _nested(
-    codes: NDArray[np.uint8],
-    absmax: NDArray[np.float32],
+def nested(
+    absmax_codes: NDArray[np.uint8],
+    nested_absmax: NDArray[np.float32],
     offset: NDArray[np.float32],
-    nested_map: NDArray[np.float32],
+    map: NDArray[np.float32],
 ) -> NestedAbsmax:
+    """Return the fields of a double-quantized absmax as one (NF4-5.3); offset is float32 [1]."""
     if offset.size != 1:
         raise InputError(f"offset has {offset.size} elements, must be one float32")
-    return NestedAbsmax(codes, absmax, offset[0], nested_map)
+    return NestedAbsmax(absmax_codes, nested_absmax, offset[0], map)
 
 
 def _nested_outputs(nested: NestedAbsmax) -> Outputs:
@@ -120,16 +120,19 @@ def _nested_outputs(nested: NestedAbsmax) -> Outputs:
     return {"absmax_codes": nested.codes, "nested_absmax": nested.absmax, "offset": offset}
 
 
-def _decoded(
+def tensor(
     codes: NDArray[np.uint8],
     absmax: NDArray[np.float32] | NestedAbsmax,
     shape: list[int],
     dtype: str,
     block_size: int,
     codebook: str,
-) -> Outputs:
+) -> QuantizedTensor:
+    """Return the fields of a quantized tensor as one (NF4-5.3). Raises InputError where they don't fit."""
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
-    book = get_codebook(codebook)
-    q = QuantizedTensor(codes, absmax, tuple(shape), DTYPES[dtype], block_size, book)
-    return {"y": dequantize_tensor(q).reshape(math.prod(shape))}
+    return QuantizedTensor(codes, absmax, tuple(shape), DTYPES[dtype], block_size, get_codebook(codebook))
+
+
+def _decoded(q: QuantizedTensor) -> Outputs:
+    return {"y": dequantize_tensor(q).reshape(q.size)}
