@@ -10,6 +10,7 @@ from typing import Any
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.values import decode_input, decode_output, decode_steps, from_hex, python_arguments
 from nf4.errors import InputError
+from nf4.formats.files import read_json
 
 _PACKAGE = Path(__file__).parents[1]
 _INSTALLED = _PACKAGE / "spec"
@@ -160,29 +161,10 @@ def _files(directory: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"{path}: {twice!r} appears twice in one object; remove one")
-        return value
-
-    def number(text: str) -> Any:
+    def fraction(text: str) -> Any:
         raise InputError(f"{path}: has the number {text}; write its bits in hexadecimal")
 
-    try:
-        text = path.read_text("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_float=number, parse_constant=number)
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
+    return read_json(path, fraction)
 
 
 def _parse(path: Path) -> list[Vector]:

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -61,8 +61,11 @@ class TensorSpec(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no duplicate keys, no NaN. Raises InputError naming `where`."""
+def parse_json(text: bytes | str, where: str, fraction: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no duplicate keys, no NaN. Raises InputError naming `where`.
+
+    fraction gets the text of each number that is not an integer, instead of float.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -79,6 +82,7 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
         value = json.loads(
             text.decode("utf-8") if isinstance(text, bytes) else text,
             object_pairs_hook=unique,
+            parse_float=fraction,
             parse_constant=constant,
         )
     except InputError:
@@ -90,13 +94,13 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises InputError naming the file."""
+def read_json(path: Path, fraction: Callable[[str], Any] | None = None) -> dict[str, Any]:
+    """Read a JSON object from a file, as parse_json does. Raises InputError naming the file."""
     try:
         text = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    return parse_json(text, str(path))
+    return parse_json(text, str(path), fraction)
 
 
 class SafetensorsFile:
