@@ -18,6 +18,7 @@ from nf4.formats.peft import load_adapter
 from nf4.formats.tokenizer import Tokenizer
 from nf4.model.config import LlamaConfig
 from nf4.model.llama import Llama
+from nf4.train import engine
 from nf4.train import finetune as room
 from nf4.train.data import load_data
 from nf4.train.finetune import FinetuneOptions, Report, finetune, prepare_output, save_parameters, train_loop
@@ -84,7 +85,7 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(
     options: FinetuneOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = iter([3.0, 2.5, 2.0, 2.2, 2.1])
-    monkeypatch.setattr(room, "evaluate", lambda *_, **__: next(losses))
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: next(losses))
     kept: list[bytes] = []
 
     class Watch(Report):
@@ -198,7 +199,7 @@ def test_steps_take_the_sequences_one_after_another(
         return train_step(model, micro_batches, **settings)
 
     seen: list[tuple[int, bytes]] = []
-    monkeypatch.setattr(room, "train_step", watched)
+    monkeypatch.setattr(engine, "train_step", watched)
     finetune(replace(options, batch_size=3, grad_accum=2, seq_len=100))
     assert [sample for sample, _ in seen] == list(range(4 * 2 * 3))
     data = load_data(options.data, tokenizer, 100, max_positions=128)
@@ -216,7 +217,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
         return replace(result, loss=float("nan")) if len(calls) == 4 else result
 
     calls: list[int] = []
-    monkeypatch.setattr(room, "train_step", diverging)
+    monkeypatch.setattr(engine, "train_step", diverging)
     out = tmp_path / "out"
     result = nf4("finetune", model, text, "--out", out, *QUICK, "--save-every", 2)
     assert result.exit_code == 1
@@ -225,7 +226,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     assert f"the last good checkpoint is step 2 in {out / 'checkpoint.safetensors'}" in last
     assert "try a lower --lr (now 0.02)" in last
     assert [r["step"] for r in read_log(out / "training_log.jsonl")] == [0, 1, 2, 3]
-    monkeypatch.setattr(room, "train_step", train_step)
+    monkeypatch.setattr(engine, "train_step", train_step)
     assert nf4("finetune", "--resume", "--out", out).exit_code == 0
 
 
@@ -235,7 +236,7 @@ def test_an_infinite_gradient_ends_the_run(options: FinetuneOptions, monkeypatch
         next(iter(result.grads.values())).reshape(-1)[0] = np.inf
         return result
 
-    monkeypatch.setattr(room, "train_step", overflowing)
+    monkeypatch.setattr(engine, "train_step", overflowing)
     with pytest.raises(
         CheckFailed, match=r"step 1: .* gradient norm inf; the last good checkpoint is step 0"
     ):
@@ -243,7 +244,7 @@ def test_an_infinite_gradient_ends_the_run(options: FinetuneOptions, monkeypatch
 
 
 def test_a_model_broken_from_the_start(options: FinetuneOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "evaluate", lambda *_, **__: float("inf"))
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: float("inf"))
     with pytest.raises(CheckFailed, match="the held-out loss is inf before any training"):
         finetune(options)
     assert not Path(options.out).exists()

@@ -29,12 +29,11 @@ from nf4.model.llama import TARGETS, Llama
 from nf4.nested import NestedAbsmax
 from nf4.tensor import QuantizedTensor
 from nf4.train import snapshot
-from nf4.train.adamw import AdamW, clip_grad_norm
 from nf4.train.data import IGNORE, Data, Example, evenly, load_data, ordering
+from nf4.train.engine import FastEngine
 from nf4.train.log import NAME as LOG
 from nf4.train.log import PICTURE, TrainingLog, draw
 from nf4.train.schedule import SCHEDULES, learning_rate
-from nf4.train.step import evaluate, train_step
 
 BEST = "best"
 """The folder, in the output directory, of the result with the lowest held-out loss."""
@@ -313,12 +312,20 @@ class _Loop:
     ) -> None:
         self.model, self.tokenizer, self.data, self.options = model, tokenizer, data, options
         self.train, self.save, self.report = train, save, report
-        self.threads = options.threads or parallel.worker_threads()
         self.out = Path(options.out)
         self.checkpoint = self.out / snapshot.NAME
         self.heldout = evenly(data.heldout, options.eval_sequences)
         self.identity = _identity(model, data, options, train)
-        self.optimizer = AdamW(model.trainable(train), weight_decay=options.weight_decay)
+        self.engine = FastEngine(
+            model,
+            train,
+            batch_size=options.batch_size,
+            max_grad_norm=options.max_grad_norm,
+            weight_decay=options.weight_decay,
+            checkpointing=options.checkpointing,
+            seed=options.seed,
+            threads=options.threads or parallel.worker_threads(),
+        )
         self.progress = snapshot.Progress()
         self.saved_step = 0
 
@@ -334,6 +341,7 @@ class _Loop:
         log = TrainingLog(self.out / LOG, step=self.progress.step, eval_before=self.progress.eval_before)
         try:
             tokens = self._train(log)
+            self.engine.store()
             self.save(self.out)
             draw(self.out / LOG, self.out / PICTURE)
         except InputError as error:  # the input was good when the run began: it is the disk
@@ -401,7 +409,8 @@ class _Loop:
     def _resume(self) -> None:
         saved = snapshot.read_facts(self.checkpoint)[1]
         snapshot.check_identity(self.checkpoint, _comparable(saved), _comparable(self.identity))
-        self.progress = snapshot.restore(self.checkpoint, self.optimizer)
+        self.progress = snapshot.restore(self.checkpoint, self.engine.optimizer)
+        self.engine.load()
         self.saved_step = self.progress.step
         self.report.note(f"going on after step {self.progress.step} of {self.out}")
 
@@ -414,30 +423,22 @@ class _Loop:
         for start in range(first, first + options.grad_accum * options.batch_size, options.batch_size):
             samples = range(start, start + options.batch_size)
             micro_batches.append(([self.data.train[order(n)] for n in samples], samples))
-        result = train_step(
-            self.model,
-            micro_batches,
-            train=self.train,
-            checkpointing=options.checkpointing,
-            seed=options.seed,
-            threads=self.threads,
-        )
         rate = learning_rate(
             step, steps=options.steps, lr=options.lr, schedule=options.schedule, warmup=options.warmup
         )
-        norm = clip_grad_norm(result.grads, options.max_grad_norm)
-        if not (math.isfinite(result.loss) and math.isfinite(norm)):
-            raise self._diverged(step + 1, f"the loss is {result.loss} and the gradient norm {norm}")
-        self.optimizer.step(result.grads, rate)
+        update = self.engine.step(micro_batches, rate)
+        if not update.finite:
+            what = f"the loss is {update.loss} and the gradient norm {update.norm}"
+            raise self._diverged(step + 1, what)
         seconds = time.perf_counter() - began
         self.progress.step = step + 1
         self.progress.seconds += seconds
         return {
             "step": step + 1,
-            "loss": result.loss,
+            "loss": update.loss,
             "lr": rate,
-            "grad_norm": norm,
-            "tokens": result.tokens,
+            "grad_norm": update.norm,
+            "tokens": update.tokens,
             "seconds": round(seconds, 4),
         }
 
@@ -449,11 +450,12 @@ class _Loop:
         self.report.evaluation(progress.step, loss)
         if progress.best_loss is None or loss < progress.best_loss:
             # Before the checkpoint that knows of it: a kill between the two only makes the run find it again.
+            self.engine.store()
             self.save(self.out / BEST)
             progress.best_loss, progress.best_step = loss, progress.step
 
     def _heldout_loss(self) -> float:
-        loss = evaluate(self.model, self.heldout, batch_size=self.options.batch_size, threads=self.threads)
+        loss = self.engine.evaluate(self.heldout)
         if not math.isfinite(loss):
             raise self._diverged(self.progress.step, f"the held-out loss is {loss}")
         return loss
@@ -470,7 +472,8 @@ class _Loop:
     def _save_checkpoint(self, log: TrainingLog | None) -> None:
         if log is not None:
             log.sync()
-        snapshot.save(self.checkpoint, self.optimizer, self.progress, self.identity)
+        self.engine.store()
+        snapshot.save(self.checkpoint, self.engine.optimizer, self.progress, self.identity)
         self.saved_step = self.progress.step
 
     def _sample(self) -> tuple[str, str]:

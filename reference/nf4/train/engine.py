@@ -1,0 +1,104 @@
+"""Where a run computes: an engine makes the steps that the loop orders, in an arithmetic of its own."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from nf4.model.llama import Llama
+from nf4.train.adamw import AdamW, clip_grad_norm
+from nf4.train.data import Example
+from nf4.train.step import evaluate, train_step
+
+MicroBatch = tuple[Sequence[Example], Sequence[int]]
+"""Examples, and their places in the whole run, which key the dropout."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step came to: the mean loss in nats, the norm before clipping, and the positions taken."""
+
+    loss: float
+    norm: float
+    tokens: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether the update was made: one whose loss or norm is not finite is left out (NF4-10.7)."""
+        return math.isfinite(self.loss) and math.isfinite(self.norm)
+
+
+class Engine(Protocol):
+    """Makes a run's steps.
+
+    optimizer holds the trained arrays and their states at rest: an engine that works elsewhere copies them
+    there by `load`, and back by `store`, which the loop calls before it reads them.
+    """
+
+    optimizer: AdamW
+
+    def step(self, micro_batches: Sequence[MicroBatch], rate: float) -> Update:
+        """Make one update at a learning rate, unless its loss or norm is not finite."""
+        ...
+
+    def evaluate(self, examples: Sequence[Example]) -> float:
+        """Return the mean loss over the target tokens, in nats, without dropout."""
+        ...
+
+    def load(self) -> None:
+        """Take over the arrays and states that the optimizer holds."""
+        ...
+
+    def store(self) -> None:
+        """Bring the optimizer up to date."""
+        ...
+
+
+class FastEngine:
+    """This machine's processor in float32, products by NumPy's BLAS: the bits depend on the threads."""
+
+    def __init__(
+        self,
+        model: Llama,
+        train: Literal["lora", "full"],
+        *,
+        batch_size: int,
+        max_grad_norm: float,
+        weight_decay: float,
+        checkpointing: bool,
+        seed: int,
+        threads: int,
+    ) -> None:
+        self.optimizer = AdamW(model.trainable(train), weight_decay=weight_decay)
+        self._model, self._train, self._batch_size, self._max_grad_norm = (
+            model,
+            train,
+            batch_size,
+            max_grad_norm,
+        )
+        self._checkpointing, self._seed, self._threads = checkpointing, seed, threads
+
+    def step(self, micro_batches: Sequence[MicroBatch], rate: float) -> Update:
+        """Make one update at a learning rate, unless its loss or norm is not finite."""
+        result = train_step(
+            self._model,
+            micro_batches,
+            train=self._train,
+            checkpointing=self._checkpointing,
+            seed=self._seed,
+            threads=self._threads,
+        )
+        update = Update(result.loss, clip_grad_norm(result.grads, self._max_grad_norm), result.tokens)
+        if update.finite:
+            self.optimizer.step(result.grads, rate)
+        return update
+
+    def evaluate(self, examples: Sequence[Example]) -> float:
+        """Return the mean loss over the target tokens, in nats, without dropout."""
+        return evaluate(self._model, examples, batch_size=self._batch_size, threads=self._threads)
+
+    def load(self) -> None:
+        """Nothing to do: the optimizer's arrays are the model's own."""
+
+    def store(self) -> None:
+        """Nothing to do: the optimizer's arrays are the model's own."""
