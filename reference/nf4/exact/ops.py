@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nf4.errors import InputError
 from nf4.exact.elementary import exp, log
-from nf4.exact.grid import dot, total
+from nf4.exact.grid import NotFiniteError, dot, total
 from nf4.model.ops import IGNORED
 from nf4.parallel import map_chunks
 
@@ -110,6 +110,18 @@ def rms_norm(x: Float32, weight: Float32, eps: float, out: Float32 | None = None
 
     map_chunks(work, len(x), _chunk(x))
     return y, rstd
+
+
+def rms_scale(x: Float32, weight: Float32, rstd: Float32, out: Float32) -> Float32:
+    """The output of rms_norm [T, n] once 1 / rms is known, written into out (NF4-14.9)."""
+
+    def work(start: int, stop: int) -> None:
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            np.multiply(x[start:stop], rstd[start:stop], out=out[start:stop])
+            out[start:stop] *= weight
+
+    map_chunks(work, len(x), _chunk(x))
+    return out
 
 
 def rms_norm_backward(dy: Float32, x: Float32, weight: Float32, rstd: Float32) -> Float32:
@@ -216,7 +228,7 @@ def _exponentials(rows: Float32) -> tuple[Float32, Float32]:
     """Replace rows [T, n] by exp(row - greatest); their sums in float32 and the greatest, [T, 1] each."""
     top = rows.max(-1, keepdims=True)
     if not np.isfinite(top).all():
-        raise InputError("the greatest of a row of scores is not finite (NF4-14.8)")
+        raise NotFiniteError("the greatest of a row of scores is not finite (NF4-14.8)")
     with np.errstate(over="ignore"):
         rows -= top
     exp(rows, rows)

@@ -73,7 +73,9 @@ class KVCache:
 
 
 @dataclass
-class _Layer:
+class Layer:
+    """One layer's parameters and adapted linear layers."""
+
     prefix: str
     input_norm: Array
     post_norm: Array
@@ -83,9 +85,11 @@ class _Layer:
     window: int | None
 
     def names(self, target: str) -> str:
+        """The module's name in a checkpoint."""
         return f"{self.prefix}{_block_of(target)}.{target}"
 
     def adapted(self, targets: tuple[str, ...]) -> bool:
+        """Whether any of the targets has an adapter."""
         return any(self.linears[t].lora is not None for t in targets)
 
 
@@ -143,31 +147,32 @@ class Llama:
             config.head_dim,
         )
         self.dtype = np.dtype(np.float64 if params[EMBEDDING].dtype == np.float64 else np.float32)
-        self._layers = [self._layer(i) for i in range(config.num_hidden_layers)]
-        with_adapters = [i for i, layer in enumerate(self._layers) if layer.adapted(TARGETS)]
-        self._lowest_adapted = min(with_adapters, default=config.num_hidden_layers)
+        self.layers = [self._layer(i) for i in range(config.num_hidden_layers)]
+        with_adapters = [i for i, layer in enumerate(self.layers) if layer.adapted(TARGETS)]
+        self.lowest_adapted = min(with_adapters, default=config.num_hidden_layers)
         self._spaces: list[Workspace] = []  # not in use; a step's memory serves the next, without page faults
 
-    def _vector(self, name: str) -> Array:
+    def vector(self, name: str) -> Array:
+        """The parameter of that name, which must not be quantized. Raises InputError where it is."""
         found = self.params[name]
         if isinstance(found, QuantizedTensor):
             raise InputError(f"{name} is quantized; only the weights of linear layers and lm_head may be")
         return found
 
-    def _layer(self, i: int) -> _Layer:
+    def _layer(self, i: int) -> Layer:
         prefix = f"model.layers.{i}."
         linears = {}
         for target in TARGETS:
             name = f"{prefix}{_block_of(target)}.{target}"
-            bias = self._vector(f"{name}.bias") if f"{name}.bias" in self.params else None
+            bias = self.vector(f"{name}.bias") if f"{name}.bias" in self.params else None
             linears[target] = LoRALinear(self.params[f"{name}.weight"], bias, self.adapters.get(name))
         qk = self.config.qk_norm
-        return _Layer(
+        return Layer(
             prefix=prefix,
-            input_norm=self._vector(f"{prefix}input_layernorm.weight"),
-            post_norm=self._vector(f"{prefix}post_attention_layernorm.weight"),
-            q_norm=self._vector(f"{prefix}self_attn.q_norm.weight") if qk else None,
-            k_norm=self._vector(f"{prefix}self_attn.k_norm.weight") if qk else None,
+            input_norm=self.vector(f"{prefix}input_layernorm.weight"),
+            post_norm=self.vector(f"{prefix}post_attention_layernorm.weight"),
+            q_norm=self.vector(f"{prefix}self_attn.q_norm.weight") if qk else None,
+            k_norm=self.vector(f"{prefix}self_attn.k_norm.weight") if qk else None,
             linears=linears,
             window=self.config.sliding_window[i],
         )
@@ -200,10 +205,10 @@ class Llama:
         """The sum of the token losses, in float64 (no dropout)."""
         with self._call(batch.ids, batch.targets, batch.lengths) as call:
             x = self._embed(batch.ids)
-            for i in range(len(self._layers)):
+            for i in range(len(self.layers)):
                 x, _ = self._forward(i, x, call, keep=False)
             rows = np.flatnonzero(batch.targets != IGNORED)
-            y, _ = rms_norm(x[rows], self._vector(FINAL_NORM), self.config.rms_norm_eps)
+            y, _ = rms_norm(x[rows], self.vector(FINAL_NORM), self.config.rms_norm_eps)
             return head_loss(y, self._head(call), batch.targets[rows], call.space)[0]
 
     def logits(
@@ -217,11 +222,11 @@ class Llama:
         with self._call(ids, None, (len(ids),), past) as call:
             call.cache = cache
             x = self._embed(ids)
-            for i in range(len(self._layers)):
+            for i in range(len(self.layers)):
                 x, _ = self._forward(i, x, call, keep=False)
             if cache is not None:
                 cache.length += len(ids)
-            y, _ = rms_norm(x[-1:] if last else x, self._vector(FINAL_NORM), self.config.rms_norm_eps)
+            y, _ = rms_norm(x[-1:] if last else x, self.vector(FINAL_NORM), self.config.rms_norm_eps)
             logits: Array = y @ self._head(call).T
             return logits
 
@@ -245,11 +250,11 @@ class Llama:
         self, batch: Batch, loss_scale: float, full: bool, checkpointing: bool, call: _Call
     ) -> tuple[float, dict[str, Array]]:
         grads: dict[str, Array] = {}
-        bottom = 0 if full else self._lowest_adapted
+        bottom = 0 if full else self.lowest_adapted
         x = self._embed(batch.ids)
         inputs: list[Array] = []
         kept: list[_Kept] = []
-        for i in range(len(self._layers)):
+        for i in range(len(self.layers)):
             keep = i >= bottom and not checkpointing
             if i >= bottom and checkpointing:
                 inputs.append(x)
@@ -259,7 +264,7 @@ class Llama:
 
         # The head, only in the rows that have a target.
         rows = np.flatnonzero(batch.targets != IGNORED)
-        norm = self._vector(FINAL_NORM)
+        norm = self.vector(FINAL_NORM)
         x = x[rows]
         y, rstd = rms_norm(x, norm, self.config.rms_norm_eps)
         head_name = EMBEDDING if self.config.tie_word_embeddings else HEAD
@@ -275,31 +280,29 @@ class Llama:
         dx[rows] = rms_norm_backward(dy, x, norm, rstd)
         del x, y, dy
 
-        for i in reversed(range(bottom, len(self._layers))):
+        for i in reversed(range(bottom, len(self.layers))):
             if checkpointing:
                 _, activations = self._forward(i, inputs.pop(), call, keep=True, need_y=False)
             else:
                 activations = kept.pop()
             assert activations is not None
             is_bottom = not full and i == bottom
-            self._backward(self._layers[i], dx, activations, call, grads, full, is_bottom)
+            self._backward(self.layers[i], dx, activations, call, grads, full, is_bottom)
             del activations
 
         if full:
             if not self.config.tie_word_embeddings:
-                grads[EMBEDDING] = np.zeros(self._vector(EMBEDDING).shape, self.dtype)
+                grads[EMBEDDING] = np.zeros(self.vector(EMBEDDING).shape, self.dtype)
             add_embedding_grad(grads[EMBEDDING], batch.ids, dx)
         return loss, grads
 
-    @contextmanager
-    def _call(
+    def check_batch(
         self,
         ids: NDArray[np.integer[Any]],
         targets: NDArray[np.integer[Any]] | None,
         lengths: tuple[int, ...],
-        past: int = 0,
-    ) -> Iterator[_Call]:
-        """Check the token ids and set up what the layers share; its memory serves the next call."""
+    ) -> None:
+        """Raise InputError for a token id or a target outside the vocabulary, or lengths that don't fit."""
         vocabulary = self.config.vocab_size
         if len(ids) == 0 or sum(lengths) != len(ids) or min(lengths) < 1:
             raise InputError(f"a batch of {len(ids)} tokens has the sequence lengths {lengths}")
@@ -314,6 +317,17 @@ class Llama:
                     f"{what} {values[np.argmax(bad)]} is outside the model's vocabulary of {vocabulary}; "
                     "is this the model's own tokenizer?"
                 )
+
+    @contextmanager
+    def _call(
+        self,
+        ids: NDArray[np.integer[Any]],
+        targets: NDArray[np.integer[Any]] | None,
+        lengths: tuple[int, ...],
+        past: int = 0,
+    ) -> Iterator[_Call]:
+        """Check the batch and set up what the layers share; its memory serves the next call."""
+        self.check_batch(ids, targets, lengths)
         try:
             space = self._spaces.pop()
         except IndexError:
@@ -322,7 +336,7 @@ class Llama:
         self._spaces.append(space)
 
     def _embed(self, ids: NDArray[np.integer[Any]]) -> Array:
-        rows: Array = self._vector(EMBEDDING)[ids]  # [T, hidden]
+        rows: Array = self.vector(EMBEDDING)[ids]  # [T, hidden]
         return rows.astype(self.dtype, copy=False)
 
     def _head(self, call: _Call) -> Array:
@@ -333,7 +347,7 @@ class Llama:
         self, index: int, x: Array, call: _Call, keep: bool, need_y: bool = True
     ) -> tuple[Array, _Kept | None]:
         """One layer: x [T, hidden] -> its output (or x unless need_y), and if `keep`, what backward needs."""
-        config, space, layer = self.config, call.space, self._layers[index]
+        config, space, layer = self.config, call.space, self.layers[index]
         linears = layer.linears
         lora: dict[str, LoRACache] = {}
         # With checkpointing, and without backward, the layers share memory.
@@ -381,7 +395,7 @@ class Llama:
 
     def _backward(
         self,
-        layer: _Layer,
+        layer: Layer,
         dy: Array,
         kept: _Kept,
         call: _Call,

@@ -1,6 +1,8 @@
 """Rotary position embeddings and their scaling variants."""
 
 import math
+from decimal import Decimal, localcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -8,74 +10,102 @@ from numpy.typing import DTypeLike, NDArray
 
 from nf4.lora import Workspace
 from nf4.model.config import LlamaConfig, RopeConfig
+from nf4.reals import CONTEXT, PI
 
 Array = NDArray[Any]
 
 
 def inverse_frequencies(config: LlamaConfig, length: int) -> tuple[NDArray[np.float64], float]:
-    """The angle a position adds to each pair of a head, float64 [head_dim / 2], and a factor on cos and sin.
+    """frequencies in float64, [head_dim / 2], and its factor."""
+    angles, factor = frequencies(config, length)
+    return np.array([float(angle) for angle in angles]), float(factor)
+
+
+def frequencies(config: LlamaConfig, length: int) -> tuple[tuple[Decimal, ...], Decimal]:
+    """The angle a position adds to each pair of a head, and a factor on cos and sin, to 60 digits (NF4-15.3).
 
     length: positions in the sequence; "dynamic" and "longrope" change their frequencies with it.
     """
-    rope, dim = config.rope, config.head_dim
-    theta = rope.theta
-    factor = rope.factor
+    rope = config.rope
     if rope.type == "dynamic":
-        longest = max(length, config.max_position_embeddings)
-        growth = factor * longest / config.max_position_embeddings - (factor - 1)
-        theta *= growth ** (dim / (dim - 2))
-    inv_freq = theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
-    if rope.type == "linear":
-        return inv_freq / factor, 1.0
-    if rope.type == "llama3":
-        return _llama3(rope, inv_freq), 1.0
-    if rope.type == "yarn":
-        return _yarn(rope, inv_freq, dim)
-    if rope.type == "longrope":
-        return _longrope(rope, inv_freq, length)
-    return inv_freq, 1.0
+        length = max(length, config.max_position_embeddings)
+    else:  # of one cached answer, or two
+        length = int(length > rope.original_max_position_embeddings)
+    return _frequencies(rope, config.head_dim, config.max_position_embeddings, length)
 
 
-def _llama3(rope: RopeConfig, inv_freq: NDArray[np.float64]) -> NDArray[np.float64]:
+@cache
+def _frequencies(
+    rope: RopeConfig, dim: int, positions: int, length: int
+) -> tuple[tuple[Decimal, ...], Decimal]:
+    with localcontext(CONTEXT):
+        theta, factor, attention = Decimal(rope.theta), Decimal(rope.factor), Decimal(1)
+        if rope.type == "dynamic":
+            growth = factor * length / positions - (factor - 1)
+            theta *= growth ** (Decimal(dim) / (dim - 2))
+        plain = [theta ** (Decimal(-2 * i) / dim) for i in range(dim // 2)]
+        if rope.type == "linear":
+            plain = [angle / factor for angle in plain]
+        elif rope.type == "llama3":
+            plain = _llama3(rope, plain)
+        elif rope.type == "yarn":
+            plain, attention = _yarn(rope, plain, dim)
+        elif rope.type == "longrope":
+            plain, attention = _longrope(rope, plain, bool(length))
+        return tuple(plain), attention
+
+
+def _llama3(rope: RopeConfig, plain: list[Decimal]) -> list[Decimal]:
     """Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between blended."""
-    turns = rope.original_max_position_embeddings * inv_freq / (2 * math.pi)
-    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    return inv_freq * (kept + (1 - kept) / rope.factor)
+    low, high, factor = Decimal(rope.low_freq_factor), Decimal(rope.high_freq_factor), Decimal(rope.factor)
+    scaled = []
+    for angle in plain:
+        turns = rope.original_max_position_embeddings * angle / (2 * PI)
+        kept = min(max((turns - low) / (high - low), Decimal(0)), Decimal(1))
+        scaled.append(angle * (kept + (1 - kept) / factor))
+    return scaled
 
 
-def _yarn(rope: RopeConfig, inv_freq: NDArray[np.float64], dim: int) -> tuple[NDArray[np.float64], float]:
+def _yarn(rope: RopeConfig, plain: list[Decimal], dim: int) -> tuple[list[Decimal], Decimal]:
     """YaRN (arXiv 2309.00071): interpolate slow pairs, keep fast ones, ramp between; soften attention."""
-    original = rope.original_max_position_embeddings
+    original, factor = rope.original_max_position_embeddings, Decimal(rope.factor)
 
-    def pair_turning(turns: float) -> float:
-        return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+    def pair_turning(turns: float) -> Decimal:
+        return dim * (original / (Decimal(turns) * 2 * PI)).ln() / (2 * Decimal(rope.theta).ln())
 
     low, high = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
     if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    width = high - low if high != low else 0.001
-    interpolated = np.clip((np.arange(dim // 2) - low) / width, 0, 1)
+        low, high = Decimal(math.floor(low)), Decimal(math.ceil(high))
+    low, high = max(low, Decimal(0)), min(high, Decimal(dim - 1))
+    width = high - low if high != low else Decimal("0.001")
 
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    def mscale(weight: float) -> Decimal:
+        return Decimal("0.1") * Decimal(weight) * factor.ln() + 1 if factor > 1 else Decimal(1)
 
-    attention = rope.attention_factor
-    if attention is None:
-        both = rope.mscale and rope.mscale_all_dim
-        attention = mscale(rope.mscale or 1) / mscale(rope.mscale_all_dim or 1) if both else mscale(1)
-    return inv_freq * (interpolated / rope.factor + (1 - interpolated)), attention
+    if rope.attention_factor is not None:
+        attention = Decimal(rope.attention_factor)
+    elif rope.mscale and rope.mscale_all_dim:
+        attention = mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    else:
+        attention = mscale(1)
+    scaled = []
+    for i, angle in enumerate(plain):
+        interpolated = min(max((i - low) / width, Decimal(0)), Decimal(1))
+        scaled.append(angle * (interpolated / factor + (1 - interpolated)))
+    return scaled, attention
 
 
-def _longrope(
-    rope: RopeConfig, inv_freq: NDArray[np.float64], length: int
-) -> tuple[NDArray[np.float64], float]:
+def _longrope(rope: RopeConfig, plain: list[Decimal], long: bool) -> tuple[list[Decimal], Decimal]:
     """LongRoPE (arXiv 2402.13753): a divisor for each pair, one list up to the trained length, one beyond."""
-    original = rope.original_max_position_embeddings
-    attention = rope.attention_factor
-    if attention is None:
-        attention = math.sqrt(1 + math.log(rope.factor) / math.log(original)) if rope.factor > 1 else 1.0
-    return inv_freq / np.array(rope.long_factor if length > original else rope.short_factor), attention
+    factor = Decimal(rope.factor)
+    if rope.attention_factor is not None:
+        attention = Decimal(rope.attention_factor)
+    elif factor > 1:
+        attention = (1 + factor.ln() / Decimal(rope.original_max_position_embeddings).ln()).sqrt()
+    else:
+        attention = Decimal(1)
+    divisors = rope.long_factor if long else rope.short_factor
+    return [angle / Decimal(d) for angle, d in zip(plain, divisors, strict=True)], attention
 
 
 def rotation(

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from nf4 import parallel
 from nf4.errors import InputError
+from nf4.exact.grid import NotFiniteError, dot, total
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CHUNK = (
@@ -116,15 +117,13 @@ class AdamW:
 
 
 def gradient_norm(grads: Mapping[str, NDArray[Any]]) -> float:
-    """Return the 2-norm of all gradients together, summed in float64 by sorted names. NF4-10.7"""
-    total = 0.0
-    for name in sorted(grads):
-        flat = grads[name].reshape(-1)
-        for start in range(0, flat.size, _CHUNK):
-            square = flat[start : start + _CHUNK].astype(np.float64)
-            square *= square
-            total += float(square.sum())
-    return math.sqrt(total)
+    """Return the 2-norm of all gradients together, not finite where one of them isn't. NF4-10.7, NF4-15.7"""
+    flats = [grads[name].reshape(-1) for name in sorted(grads)]
+    try:
+        squares = [float(dot(flat, flat)) for flat in flats]
+        return math.sqrt(float(total(np.array(squares))))
+    except NotFiniteError:
+        return math.nan if any(np.isnan(flat).any() for flat in flats) else math.inf
 
 
 def clip_grad_norm(grads: Mapping[str, NDArray[Any]], max_norm: float) -> float:

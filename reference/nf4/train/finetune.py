@@ -30,7 +30,8 @@ from nf4.nested import NestedAbsmax
 from nf4.tensor import QuantizedTensor
 from nf4.train import snapshot
 from nf4.train.data import IGNORE, Data, Example, evenly, load_data, ordering
-from nf4.train.engine import FastEngine
+from nf4.train.engine import Engine, FastEngine
+from nf4.train.exact import ExactEngine
 from nf4.train.log import NAME as LOG
 from nf4.train.log import PICTURE, TrainingLog, draw
 from nf4.train.schedule import SCHEDULES, learning_rate
@@ -43,15 +44,9 @@ ADAPTER_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtype
 _SAMPLE_PROMPT = 32  # tokens of held-out text that the samples go on from
 _SAMPLE_CHARACTERS = 200
 _SAMPLE_SECONDS = 10.0  # a large model says less
-_FREE = (
-    "model",
-    "data",
-    "eval_data",
-    "out",
-    "steps",
-    "save_every",
-    "resume",
-)  # may change when a run resumes
+# What may change when a run resumes; and what may, too, where no bit of an exact run depends on it.
+_FREE = ("model", "data", "eval_data", "out", "steps", "save_every", "resume")
+_FREE_IF_EXACT = ("checkpointing", "threads")
 
 
 @dataclass(frozen=True)
@@ -85,6 +80,7 @@ class FinetuneOptions:
     checkpointing: bool = False
     seed: int = 0
     threads: int | None = None
+    exact: bool = False
     eval_every: int = 50
     eval_sequences: int = 64
     save_every: int | None = None
@@ -255,7 +251,7 @@ def prepare_output(options: FinetuneOptions) -> FinetuneOptions:
         if not options.resume:
             raise InputError(f"{out}: it holds a run; go on with it by --resume, or name another --out")
         _, identity = snapshot.read_facts(checkpoint)
-        threads = threads or identity["options"]["threads"]
+        threads = threads or identity["options"].get("threads")
         if options.steps < identity["steps"]:
             raise InputError(
                 f"--steps {options.steps}: the run in {out} has {identity['steps']}; they may only grow"
@@ -316,16 +312,7 @@ class _Loop:
         self.checkpoint = self.out / snapshot.NAME
         self.heldout = evenly(data.heldout, options.eval_sequences)
         self.identity = _identity(model, data, options, train)
-        self.engine = FastEngine(
-            model,
-            train,
-            batch_size=options.batch_size,
-            max_grad_norm=options.max_grad_norm,
-            weight_decay=options.weight_decay,
-            checkpointing=options.checkpointing,
-            seed=options.seed,
-            threads=options.threads or parallel.worker_threads(),
-        )
+        self.engine = _engine(model, train, options)
         self.progress = snapshot.Progress()
         self.saved_step = 0
 
@@ -500,6 +487,20 @@ class _Loop:
         return self.tokenizer.decode(prompt), text
 
 
+def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptions) -> Engine:
+    settings: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "max_grad_norm": options.max_grad_norm,
+        "weight_decay": options.weight_decay,
+        "checkpointing": options.checkpointing,
+        "seed": options.seed,
+        "threads": options.threads or parallel.worker_threads(),
+    }
+    if options.exact:
+        return ExactEngine(model, **settings)
+    return FastEngine(model, train, **settings)
+
+
 def _sample_prompt(example: Example) -> list[int]:
     """Return the tokens before the first that is learned; of a text, learned throughout, its beginning."""
     first = int(np.argmax(example.targets != IGNORE))
@@ -510,8 +511,9 @@ def _sample_prompt(example: Example) -> list[int]:
 def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) -> dict[str, Any]:
     """Return what makes two runs the same one: the options and digests of the weights and the examples."""
     fields = asdict(options)
+    free = {*_FREE, *(_FREE_IF_EXACT if options.exact else ())}
     return {
-        "options": {name: value for name, value in fields.items() if name not in _FREE}
+        "options": {name: value for name, value in fields.items() if name not in free}
         | {"targets": list(options.targets)},
         "paths": {
             name: str(Path(fields[name]).resolve()) if fields[name] else None

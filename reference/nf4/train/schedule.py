@@ -1,8 +1,10 @@
 """Learning-rate schedules: constant, linear and cosine, each after a linear warm-up."""
 
-import math
+from decimal import Decimal, localcontext
+from fractions import Fraction
 
 from nf4.errors import InputError
+from nf4.reals import CONTEXT, cosine
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -12,15 +14,19 @@ def learning_rate(step: int, *, steps: int, lr: float, schedule: str = "constant
 
     The rates are those of transformers' schedules of the same names: over the warm-up the rate is
     lr·step/warmup (so the first step of a warm-up moves nothing), then it stays, falls in a straight line to
-    0, or falls along half a cosine to 0. Raises InputError for a schedule of another name.
+    0, or falls along half a cosine to 0; each is the float64 nearest to the real number (NF4-15.8).
+    Raises InputError for a schedule of another name.
     """
     if schedule not in SCHEDULES:
         raise InputError(f"schedule {schedule!r} is not known: it is one of {', '.join(SCHEDULES)}")
+    peak = Fraction(lr)
     if step < warmup:
-        return lr * (step / warmup)
+        return float(peak * Fraction(step, warmup))
     if schedule == "constant":
         return lr
     after = max(1, steps - warmup)
     if schedule == "linear":
-        return lr * max(0.0, (steps - step) / after)
-    return lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / after))))
+        return float(peak * max(Fraction(0), Fraction(steps - step, after)))
+    with localcontext(CONTEXT):
+        turns = Decimal(step - warmup) / (2 * after)
+        return float(Decimal(lr) * (1 + cosine(turns)) / 2)

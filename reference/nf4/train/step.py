@@ -75,7 +75,7 @@ def train_step(
         )
 
     for examples, samples in micro_batches:
-        for part, part_grads in _over_groups(work, examples, samples, threads):
+        for _, (part, part_grads) in over_groups(work, examples, samples, threads):
             loss += part
             for name, g in part_grads.items():
                 if name in grads:
@@ -92,21 +92,19 @@ def evaluate(model: Llama, examples: Sequence[Example], *, batch_size: int, thre
     loss = 0.0
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
-        loss += sum(_over_groups(model.loss, part, range(len(part)), threads))
+        loss += sum(found for _, found in over_groups(model.loss, part, range(len(part)), threads))
     return loss / targets
 
 
-def _over_groups(
+def over_groups(
     work: Callable[[Batch], R], examples: Sequence[Example], samples: Sequence[int], threads: int
-) -> list[R]:
-    """Call work on the examples in one batch a thread; results in the order of the groups."""
-    batches = [
-        make_batch([examples[i] for i in group], [samples[i] for i in group])
-        for group in split([len(example) for example in examples], threads)
-    ]
+) -> list[tuple[list[int], R]]:
+    """Call work on the examples in one batch a thread; the places of a batch's examples, and its result."""
+    groups = split([len(example) for example in examples], threads)
+    batches = [make_batch([examples[i] for i in group], [samples[i] for i in group]) for group in groups]
     # One thread in BLAS where the groups already use the cores.
     with _blas_threads(threads if len(batches) == 1 else 1):
-        return parallel.map_groups(work, batches)
+        return list(zip(groups, parallel.map_groups(work, batches), strict=True))
 
 
 @cache
