@@ -92,6 +92,9 @@ def backward(
     dx: Float32 | None = None
     gradients: list[Gradients | None] = []
     for layer, dout, cache in zip(layers, douts, caches, strict=True):
+        if layer.lora is None and not need_dx:
+            gradients.append(None)
+            continue
         left = rows(dout, space.take("gradient", dout.shape, np.float64))
         part: Float32 | None = None
         if need_dx:
