@@ -84,7 +84,7 @@ class ExactLlama:
     def losses_and_gradients(
         self, batch: Batch, *, scale: float, checkpointing: bool, seed: int, trace: Trace = _silent
     ) -> tuple[Float32, dict[str, Float32]]:
-        """The loss of every row [T], and each sequence's gradient of scale times their sum (NF4-15.4, NF4-15.5).
+        """The loss of every row [T], each sequence's gradient of scale times their sum (NF4-15.4, NF4-15.5).
 
         The gradients are [sequences, ...] by the names of Llama.trainable. checkpointing: keep only each
         layer's input and compute the rest again in backward, to the same bits. seed keys the dropout. Raises

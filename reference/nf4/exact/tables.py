@@ -22,7 +22,8 @@ _DOUBT = 2.0**-49
 def rotation(config: LlamaConfig, lengths: tuple[int, ...]) -> tuple[Float32, Float32]:
     """cos and sin float32 [T, head_dim / 2] of packed sequences of these lengths (NF4-15.3)."""
     tables = [(n, *_tables(*frequencies(config, n), 1 << max(n - 1, 0).bit_length())) for n in lengths]
-    return np.concatenate([cos[:n] for n, cos, _ in tables]), np.concatenate([sin[:n] for n, _, sin in tables])
+    cos, sin = [cos[:n] for n, cos, _ in tables], [sin[:n] for n, _, sin in tables]
+    return np.concatenate(cos), np.concatenate(sin)
 
 
 @lru_cache(maxsize=32)
