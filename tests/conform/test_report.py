@@ -74,9 +74,9 @@ def test_what_a_port_may_be_called() -> None:
     assert claim(run_of(Port(CODEC[:3]))) == Claim("an NF4 codec", CODEC[:3], ())
     some = claim(run_of(Port(CODEC[1:])))
     assert (some.called, some.operations) == ("", CODEC[1:])
-    assert str(some) == ("it conforms to NF4 1.1 in dequantize, encode_absmax, decode_absmax (NF4-13.7)")
+    assert str(some) == ("it conforms to NF4 2.0 in dequantize, encode_absmax, decode_absmax (NF4-13.7)")
     assert str(claim(run_of(Port(CODEC)))) == (
-        "it may be called an NF4 codec with double quantization: it conforms to NF4 1.1 in "
+        "it may be called an NF4 codec with double quantization: it conforms to NF4 2.0 in "
         "quantize, dequantize, encode_absmax, decode_absmax (NF4-13.7)"
     )
     assert f"in all {len(OPERATIONS)} operations" in str(Claim("", tuple(OPERATIONS), ()))

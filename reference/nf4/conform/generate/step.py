@@ -446,13 +446,13 @@ def _clip() -> Iterator[Vector]:
         return make("exact_clip", f"exact-clip-{slug}", "15.7", comment, fields, flags=flags, **more)
 
     drawn = {
-        f"model.layers.{name}.weight": numbers(f"exact-clip.{name}", *shape)
-        for name, shape in (
-            ("10.mlp.up_proj.lora_A", (3, 4)),
-            ("2.mlp.up_proj.lora_A", (12,)),
-            ("2.mlp.up_proj.lora_B", (2, 2, 3)),
-            ("2.self_attn.q_proj.lora_A", (1, 9)),
-            ("2.self_attn.q_proj.lora_B", (7, 1)),
+        f"model.layers.{name}.weight": numbers(f"exact-clip.{name}", *shape, scale=scale)
+        for name, shape, scale in (
+            ("10.mlp.up_proj.lora_A", (3, 4), 0.9),
+            ("2.mlp.up_proj.lora_A", (12,), 0.1),
+            ("2.mlp.up_proj.lora_B", (2, 2, 3), 0.5),
+            ("2.self_attn.q_proj.lora_A", (1, 9), 0.8),
+            ("2.self_attn.q_proj.lora_B", (7, 1), 0.2),
         )
     }
     yield clip("drawn", "Arrays of any shapes.", "NormOrder NormOfAll", drawn, 1.0)
@@ -466,7 +466,7 @@ def _clip() -> Iterator[Vector]:
     yield clip(
         "ties",
         "Squares that the grid of the largest loses.",
-        "NormOrder",
+        "GridMissing",
         {"a": _floats(1, *[2.0**-21] * 6)},
         1.0,
     )
