@@ -26,6 +26,7 @@ WIDTH = 110
 _TRAINER = {"init_adapter", "example_order", "adamw", "exact_learning_rate", "exact_step"}
 _EDITION = VERSION.rpartition(".")[0]
 _AROUND = 3  # elements shown on either side of the one that differs
+_FEW = 6  # steps that are named one by one
 _WHOLE = 8  # elements of an array that is shown whole
 
 
@@ -416,8 +417,11 @@ def _result_json(run: Run, result: Result) -> dict[str, Any]:
 def _steps(difference: Difference, sent: bool) -> list[tuple[str, str]]:
     """What is known of the steps; sent: whether the port answered any."""
     rows = []
-    if difference.agree:
-        rows.append(("agree", f"the steps {', '.join(difference.agree)}"))
+    agree = difference.agree
+    if len(agree) > _FEW:
+        rows.append(("agree", f"the {len(agree)} steps from {agree[0]} to {agree[-1]}"))
+    elif agree:
+        rows.append(("agree", f"the steps {', '.join(agree)}"))
     if difference.step is not None:
         step = difference.step
         want, got = _pair(step.expected, step.expected_value), _pair(step.got, step.got_value)

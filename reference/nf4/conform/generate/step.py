@@ -685,7 +685,7 @@ def _steps() -> Iterator[Vector]:
         kind="qwen2",
         lengths=[4, 3],
         modules=MODULES[::3],
-        dtype="bfloat16",
+        dtype="float16",
         ignored=(3,),
         use_sliding_window=True,
         sliding_window=2,
