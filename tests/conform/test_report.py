@@ -6,6 +6,7 @@ import pytest
 from nf4.conform import reference
 from nf4.conform.bugs import BUGS
 from nf4.conform.clauses import clauses
+from nf4.conform.compare import compare
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.port import Answer
 from nf4.conform.python_port import PythonPort
@@ -71,19 +72,25 @@ def test_a_port_that_sends_no_steps_is_told_that_it_may() -> None:
 
 def test_the_first_value_of_a_whole_step_that_differs_is_told() -> None:
     vector = next(v for v in VECTORS if v.id == "exact-step-llama")
+    assert vector.output is not None
     wrong = PythonPort(BUGS["ScaleIntoQuery"], "it").run(vector.id, vector.operation, vector.input)
+    result, run = judge(vector, wrong), Run("it", ("--python", "it"))
+
+    def told(values: dict[str, object]) -> dict[str, str]:
+        expected = Answer("output", vector.output or {}, vector.steps)
+        answer = replace(wrong, steps={"values": values})
+        difference = compare(vector.operation, vector.input, expected, answer)
+        return dict(details(run, replace(result, answer=answer, difference=difference), {}))
+
     values = dict(vector.steps["values"])
     values["0.mixed"] = {**values["0.mixed"], "data": f"7fc00000{values['0.mixed']['data'][8:]}"}
-    run = Run("it", ("--python", "it"))
-    rows = dict(details(run, judge(vector, replace(wrong, steps={"values": values})), {}))
-    assert rows["agree"] == "the 9 steps from cos to 0.k_turned"
-    assert rows["step"].startswith("the first that differs is 0.mixed[0]: expected ")
+    assert told(values)["agree"] == "the 9 steps from cos to 0.k_turned"
+    assert told(values)["step"].startswith("the first that differs is 0.mixed[0]: expected ")
     some = {name: values[name] for name in ("cos", "0.middle")}
     some["1.act"] = {"dtype": "float64", "shape": [0], "data": ""}
-    rows = dict(details(run, judge(vector, replace(wrong, steps={"values": some})), {}))
-    assert rows["agree"] == "the steps cos, 0.middle"
-    assert "1.act[0]" in rows["step"]
-    assert "on the way" not in dict(details(run, judge(vector, wrong), {}))
+    assert told(some)["agree"] == "the steps cos, 0.middle"
+    assert "1.act[0]" in told(some)["step"]
+    assert "on the way" not in dict(details(run, result, {}))
 
 
 def test_who_may_be_called_an_exact_trainer() -> None:
