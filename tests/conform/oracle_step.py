@@ -266,9 +266,11 @@ def angles(config: Json, d: int, positions: int, n: int) -> tuple[list[Fraction]
             raise RefusedError("a list of factors (NF4-15.3)")
         divisors = lists[1] if n > length else lists[0]
         plain = [angle / Fraction(float(x)) for angle, x in zip(plain, divisors, strict=True)]
-        if f > 1:
+        stated = number("attention_factor")
+        if stated is not None:
+            m = stated
+        elif f > 1:
             m = real_root(1 + ln(f) / not_zero(ln(length)))
-        m = number("attention_factor") or m
     elif kind not in ("default", "dynamic"):
         raise RefusedError(f"rope type {kind!r} (NF4-15.3)")
     if max(*plain, m) > 2**16:

@@ -68,6 +68,14 @@ def test_the_pieces_of_a_long_product_have_grids_of_their_own() -> None:
     assert (grid.rows(a).values[:, parts[1]] == grid.rows(a[:, parts[1]]).values).all()
 
 
+def test_the_sums_of_pieces_meet_on_a_grid() -> None:
+    """-2^-43 of the first is lost there, so that a tie of two float32 is one, and goes to the even one."""
+    a, b = np.zeros((2, 1, 4098), np.float32)
+    a[0, [0, 4096, 4097]] = -(2.0**-20), 1, 2.0**-21
+    b[0, [0, 4096, 4097]] = 2.0**-23, 1 + 2.0**-23, 2.0**-3
+    assert grid.product(a, b.T) == 1 + 2.0**-22
+
+
 @pytest.mark.parametrize(("m", "k", "n"), [(9, 4096, 7), (70, 700, 50), (1, 3300, 2), (40, 1, 40)])
 def test_the_order_of_the_terms_does_not_matter(m: int, k: int, n: int) -> None:
     a, b = numbers("a", m, k), numbers("b", k, n)

@@ -748,7 +748,7 @@ def rotation(rope: RopeConfig, d: int, positions: int, n: int) -> tuple[list[Dec
     if rope.type == "longrope":
         divisors = rope.long_factor if n > original else rope.short_factor
         angles = [angle / Decimal(x) for angle, x in zip(angles, divisors, strict=True)]
-        if factor > 1:
+        if factor > 1 and rope.attention_factor is None:
             m = (1 + factor.ln() / original.ln()).sqrt()
     if rope.type in ("yarn", "longrope") and rope.attention_factor is not None:
         m = Decimal(rope.attention_factor)

@@ -327,15 +327,14 @@ def _tables() -> Iterator[Vector]:
     yield table("default", "No rope type, no theta: 10000.", in_float32, {}, 8, 7)
     yield table("one", "One position: an angle of 0.", "", {"rope_theta": 500000.0}, 4, 1)
     yield table("theta-integer", "A theta without a fraction.", in_float32, {"rope_theta": 1000000}, 6, 9)
-    for theta, length in ((5.1236, 33), (9.1494, 39)):
-        yield table(
-            f"theta-{theta}".replace(".", "-"),
-            "The last position has an entry so near to the middle of two float32 that float64 misses it.",
-            "AngleInFloat64",
-            {"rope_theta": theta},
-            4,
-            length,
-        )
+    yield table(
+        "float64-misses",
+        "The last position has a cosine so near to the middle of two float32 that float64 misses it.",
+        "AngleInFloat64",
+        {"rope_theta": 5.1236},
+        4,
+        33,
+    )
     parameters = {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}, "rope_theta": 7.0}
     yield table(
         "parameters", "theta of rope_parameters goes before the one outside.", in_float32, parameters, 4, 5
@@ -386,6 +385,14 @@ def _tables() -> Iterator[Vector]:
         {"rope_theta": 500.0, "rope_scaling": LONG | {"attention_factor": 1.1}},
         6,
         3,
+    )
+    yield table(
+        "longrope-one",
+        "L is 1; as m is given, nothing is divided by its logarithm.",
+        "",
+        scaled(**LONG | {"original_max_position_embeddings": 1, "attention_factor": 1.1}),
+        6,
+        2,
     )
     for slug, rope, dim, length, why in (
         ("type", scaled(rope_type="spiral"), 4, 2, "The rope type is not known."),
