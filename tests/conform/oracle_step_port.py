@@ -198,7 +198,8 @@ class Reader:
         c = self.config
         heads, self.hidden = size(c, "num_attention_heads"), size(c, "hidden_size")
         kind = c["model_type"]
-        kv = size(c, "num_key_value_heads", {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(kind, heads))
+        missing = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(kind, heads)
+        kv = size(c, "num_key_value_heads", heads if "num_key_value_heads" in c else missing)
         self.dim = size(c, "head_dim", 128 if kind == "qwen3" else self.hidden // heads)
         self.sizes = kv, heads // kv, self.dim
         self.positions = size(
