@@ -183,7 +183,8 @@ def windows(config: Values) -> list[int | None]:
         return [window] * layers
     types = config.get("layer_types")
     if types is None:
-        first = config.get("max_window_layers", 28)
+        first = config.get("max_window_layers")
+        first = 28 if first is None else first
         types = ["full_attention"] * min(first, layers) + ["sliding_attention"] * max(0, layers - first)
     return [window if kind == "sliding_attention" else None for kind in types]
 

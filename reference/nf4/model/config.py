@@ -162,7 +162,10 @@ def _windows(read: _Reader, kind: str, layers: int) -> tuple[int | None, ...]:
     window = read.count("sliding_window", _SLIDING_WINDOW[kind])
     types = values.get("layer_types")
     if types is None:
-        first = values.get("max_window_layers", _MAX_WINDOW_LAYERS)
+        first = values.get("max_window_layers")
+        first = _MAX_WINDOW_LAYERS if first is None else first
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise InputError(f"{read.where}: max_window_layers is {first!r}; it must be an integer")
         return tuple(window if i >= first else None for i in range(layers))
     if (
         not isinstance(types, list)
