@@ -75,6 +75,10 @@ class Workspace:
             flat = self._arrays[key] = np.empty(size, dtype)
         return flat[:size].reshape(shape)
 
+    def new(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """An uninitialised array that nothing overwrites."""
+        return np.empty(shape, dtype)
+
     def weight(self, weight: "Array | QuantizedTensor", dtype: np.dtype[Any]) -> Array:
         """The weight as an array of the compute dtype: itself if it is one, else in the reused buffer.
 

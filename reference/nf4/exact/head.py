@@ -1,0 +1,46 @@
+"""The end of a model in the exact tier: final norm, head and loss, forward and backward by chunks of rows."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nf4.exact import ops
+from nf4.exact.grid import columns, product, rows
+from nf4.lora import Workspace
+from nf4.model.ops import HEAD_ELEMENTS, IGNORED
+from nf4.tensor import QuantizedTensor
+
+Float32 = NDArray[np.float32]
+
+
+def head(
+    x: Float32,
+    norm: NDArray[Any],
+    eps: float,
+    weight: NDArray[Any] | QuantizedTensor,
+    targets: NDArray[np.int32],
+    scale: float | None,
+    space: Workspace,
+) -> tuple[Float32, Float32 | None]:
+    """The losses [T] of the last layer's x [T, hidden], and its gradient unless scale is None (NF4-15.5).
+
+    weight is [vocabulary, hidden]. Rows whose target is IGNORED have the loss +0 and no gradient.
+    """
+    learned = np.flatnonzero(targets != IGNORED)
+    losses = np.zeros(len(x), np.float32)
+    dx = None if scale is None else np.zeros_like(x)
+    step = max(1, HEAD_ELEMENTS // weight.shape[0])
+    for start in range(0, len(learned), step):
+        at = learned[start : start + step]
+        part = x[at]
+        y, rstd = ops.rms_norm(part, norm, eps)
+        plain = space.weight(weight, np.dtype(np.float32))
+        wide = space.take("weight", plain.shape, np.float64)
+        logits = space.take("logits", (len(at), len(plain)), np.float32)
+        product(y, rows(plain, wide).mT, logits, space)
+        losses[at] = ops.cross_entropy(logits, targets[at], scale)
+        if dx is not None:
+            dy = product(logits, columns(plain, wide), space=space)
+            dx[at] = ops.rms_norm_backward(dy, part, norm, rstd)
+    return losses, dx
