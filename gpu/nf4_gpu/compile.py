@@ -40,10 +40,10 @@ def compile_kernels(
     kind: "sm", or "compute" for PTX. Needs no GPU. Raises RuntimeError with the log where it is refused.
     """
     text = (ROOM / source).read_text("utf-8")
-    headers = sorted(ROOM.glob("*.cuh"))
+    headers = sorted(ROOM.rglob("*.cuh"))
     options = (*OPTIONS, f"--gpu-architecture={kind}_{arch}", *(f"-D{k}={v}" for k, v in defines.items()))
     program = nvrtc.createProgram(
-        text, source, tuple(h.read_bytes() for h in headers), tuple(h.name.encode() for h in headers)
+        text, source, tuple(h.read_bytes() for h in headers), tuple(_name(h) for h in headers)
     )
     try:
         nvrtc.compileProgram(program, options)
@@ -53,6 +53,11 @@ def compile_kernels(
         raise RuntimeError(f"{source} for sm_{arch}: {error}\n{nvrtc.getProgramLog(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _name(header: Path) -> bytes:
+    """What a source of any room includes it by."""
+    return header.relative_to(ROOM).as_posix().encode()
 
 
 @cache
@@ -90,9 +95,9 @@ def cache_directory() -> Path:
 
 def _cached(source: str, arch: int, defines: Mapping[str, int]) -> bytes:
     key = hashlib.sha256(repr((nvrtc.getVersion(), OPTIONS, arch, sorted(defines.items()))).encode())
-    for path in [ROOM / source, *sorted(ROOM.glob("*.cuh"))]:
+    for path in [ROOM / source, *sorted(ROOM.rglob("*.cuh"))]:
         key.update(path.read_bytes())
-    file = cache_directory() / f"{source.removesuffix('.cu')}-{key.hexdigest()[:32]}.cubin"
+    file = cache_directory() / f"{Path(source).stem}-{key.hexdigest()[:32]}.cubin"
     try:
         return file.read_bytes()
     except OSError:

@@ -71,7 +71,7 @@ def project(
         bits = dropout.mask(lora, x.shape[1])
         kept = dropout.apply(bits, x, space.take("kept", x.shape, np.float32))
     z = product(kept, _factor(lora.A).T, space=space)  # [T, r]
-    z *= _scale(lora, bits)
+    z *= scale(lora, bits is not None)
     return LinearCache(z, bits)
 
 
@@ -102,7 +102,7 @@ def backward(
             product(left, right, part, space)
         if layer.lora is not None and dA is not None and dB is not None and cache.z is not None:
             dz = product(left, _factor(layer.lora.B), space=space)  # [T, r]
-            dz *= _scale(layer.lora, cache.bits)
+            dz *= scale(layer.lora, cache.bits is not None)
             _gradients(dout, dz, cache, x, dropout, lengths, space, dA, dB)
             if part is not None:
                 _add_low_rank(layer.lora, dz, cache, part, dropout, space)
@@ -150,7 +150,7 @@ def _factor(factor: NDArray[Any]) -> Float32:
     return factor.astype(np.float32, copy=False)
 
 
-def _scale(lora: LoRA, bits: NDArray[np.uint8] | None) -> np.float32:
-    """c of NF4-15.1: the adapter's scale over the probability of being kept."""
-    keep = 1.0 if bits is None else 65536 / (65536 - drop_threshold(lora.dropout))
+def scale(lora: LoRA, drops: bool) -> np.float32:
+    """c of NF4-15.1: the adapter's scale, over the probability of being kept where a mask drops."""
+    keep = 65536 / (65536 - drop_threshold(lora.dropout)) if drops else 1.0
     return np.float32(lora.scale * keep)

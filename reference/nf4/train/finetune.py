@@ -36,6 +36,8 @@ from nf4.train.log import NAME as LOG
 from nf4.train.log import PICTURE, TrainingLog, draw
 from nf4.train.schedule import SCHEDULES, learning_rate
 
+DEVICES = ("cpu", "cuda")
+
 BEST = "best"
 """The folder, in the output directory, of the result with the lowest held-out loss."""
 
@@ -46,7 +48,7 @@ _SAMPLE_CHARACTERS = 200
 _SAMPLE_SECONDS = 10.0  # a large model says less
 # What may change when a run resumes; and what may, too, where no bit of an exact run depends on it.
 _FREE = ("model", "data", "eval_data", "out", "steps", "save_every", "resume")
-_FREE_IF_EXACT = ("checkpointing", "threads")
+_FREE_IF_EXACT = ("checkpointing", "device", "threads")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class FinetuneOptions:
     seed: int = 0
     threads: int | None = None
     exact: bool = False
+    device: str = "cpu"
     eval_every: int = 50
     eval_sequences: int = 64
     save_every: int | None = None
@@ -105,7 +108,7 @@ class FinetuneOptions:
         if self.seed >= 1 << 64:
             raise InputError(f"--seed {self.seed}: it must be below 2^64")
         choices: dict[str, Any] = {
-            "codebook": CODEBOOKS, "schedule": SCHEDULES, "adapter_dtype": ADAPTER_DTYPES
+            "codebook": CODEBOOKS, "schedule": SCHEDULES, "adapter_dtype": ADAPTER_DTYPES, "device": DEVICES
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -496,6 +499,18 @@ def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptio
         "seed": options.seed,
         "threads": options.threads or parallel.worker_threads(),
     }
+    if options.device == "cuda":
+        if not options.exact:
+            raise InputError("--device cuda: it trains with --exact only; leave --device away, or add --exact")
+        try:
+            from nf4_gpu.arrays import require_gpu
+
+            require_gpu()
+        except ImportError as error:
+            raise InputError(f"--device cuda: {error}") from error
+        from nf4_gpu.train.exact import ExactEngine as ExactEngineOnDevice
+
+        return ExactEngineOnDevice(model, **settings)
     if options.exact:
         return ExactEngine(model, **settings)
     return FastEngine(model, train, **settings)

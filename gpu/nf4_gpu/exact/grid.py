@@ -1,0 +1,136 @@
+"""Products and sums on the device, to the bits of nf4.exact.grid: launches of grid.cu, products by cuBLAS."""
+
+import math
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy.cuda import runtime
+from nf4.exact.grid import PIECE, NotFiniteError, product_bits
+from nf4.lora import Workspace
+from numpy.typing import DTypeLike
+
+from nf4_gpu.arrays import KINDS, scratch
+from nf4_gpu.blas import multiply_float64
+from nf4_gpu.compile import kernel
+
+_SOURCE = "exact/grid.cu"
+
+
+class Space(Workspace):
+    """Device memory that one call reuses from layer to layer."""
+
+    _empty = staticmethod(cupy.empty)
+
+    def new(self, shape: tuple[int, ...], dtype: DTypeLike) -> cupy.ndarray:
+        """An uninitialised array that nothing overwrites."""
+        return cupy.empty(shape, dtype)
+
+
+def status() -> cupy.ndarray:
+    """Whether something was not finite where it must be: int32 [1] of this thread and stream, 0 at first."""
+    return scratch.take("exact", 1, cupy.int32, zeroed=True)
+
+
+def check(found: int) -> None:
+    """Reset the status, of which this was read; raise NotFiniteError unless it was 0."""
+    if found:
+        status().fill(0)
+        raise NotFiniteError("an operand of an exact sum or product has a NaN or an infinity (NF4-14.1)")
+
+
+def rows(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
+    """Put each row of x [..., K] on its grid, into out, float64 of that shape (NF4-14.2).
+
+    x is float32, float16 or bfloat16. Both are contiguous, or matrices whose rows are.
+    """
+    k = x.shape[-1]
+    count = x.size // k if k else 0
+    if count:
+        lanes = 32 if k <= 512 else 256
+        function = _kernel("rows", x, LANES=lanes)
+        last = product_bits(k % PIECE or PIECE)
+        launch = (x, count, np.int32(k), _ld(x), out, _ld(out), product_bits_of(k), np.int32(last), status())
+        function((-(-count // (256 // lanes)),), (256,), launch)
+    return out
+
+
+def columns(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
+    """Put each column of x [..., K, N] on its grid, into out, float64 of that shape (NF4-14.2).
+
+    As rows in everything else; leading axes are of contiguous arrays.
+    """
+    k, n = x.shape[-2:]
+    batch = math.prod(x.shape[:-2])
+    if x.size:
+        function = _kernel("columns", x, LANES=32)
+        last = product_bits(k % PIECE or PIECE)
+        sizes = np.int32(k), np.int32(n), _ld(x), np.int64(k * n), out, _ld(out), np.int64(k * n)
+        grid = (-(-n // 8), batch, -(-k // PIECE))
+        function(grid, (256,), (x, *sizes, product_bits_of(k), np.int32(last), status()))
+    return out
+
+
+def product_bits_of(k: int) -> np.int32:
+    """q of the pieces of K terms but the last (NF4-14.2)."""
+    return np.int32(product_bits(min(k, PIECE)))
+
+
+def sums(left: cupy.ndarray, right: cupy.ndarray, space: Space, name: str = "sums") -> cupy.ndarray:
+    """The sums of left [..., M, K] times right [..., K, N], both on their grids: float64 [pieces, ..., M, N].
+
+    Of K above PIECE they are those of the pieces, which finish and others add up (NF4-14.3).
+    """
+    k = left.shape[-1]
+    pieces = max(1, -(-k // PIECE))
+    out = space.take(name, (pieces, *left.shape[:-1], right.shape[-1]), np.float64)
+    if k == 0:
+        out.fill(0)
+    for i in range(0, k, PIECE):
+        multiply_float64(left[..., i : i + PIECE], right[..., i : i + PIECE, :], out[i // PIECE])
+    return out
+
+
+def finish(found: cupy.ndarray, out: cupy.ndarray, factor: float = 1.0) -> cupy.ndarray:
+    """The product whose sums [pieces, ...] these are, times factor, into out float32 [...] (NF4-14.3)."""
+    columns_, count = found.shape[-1], out.size
+    if count:
+        function = _kernel("finish", out, LANES=32)
+        head = (found, np.int64(count // columns_), np.int64(columns_), _ld(found), _stride(found))
+        function((-(-count // 256),), (256,), (*head, np.int32(len(found)), np.float32(factor), out))
+    return out
+
+
+def product(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, space: Space) -> cupy.ndarray:
+    """a [..., M, K] times b [..., K, N] into out, all float32 (NF4-14.3)."""
+    left = rows(a, space.take("left", a.shape, np.float64))
+    right = columns(b, space.take("right", b.shape, np.float64))
+    return finish(sums(left, right, space), out)
+
+
+def add(x: cupy.ndarray, y: cupy.ndarray) -> None:
+    """Add y to x, in place, both float32 of one shape (NF4-14.1)."""
+    if x.size:
+        _kernel("add", x, LANES=32)((-(-x.size // 256),), (256,), (x, y, np.int64(x.size)))
+
+
+def squares(x: cupy.ndarray, starts: cupy.ndarray, space: Space) -> cupy.ndarray:
+    """The sums of squares of pieces of x float32: float64 [pieces]; starts int64 [pieces + 1] (NF4-14.4)."""
+    pieces = starts.size - 1
+    found = space.take("squares", (pieces,), np.float64)
+    _kernel("squares", x, LANES=32)((pieces,), (256,), (x, starts, found, status()))
+    return found
+
+
+def _kernel(name: str, x: cupy.ndarray, **defines: int) -> Any:
+    return kernel(runtime.getDevice(), _SOURCE, name, DTYPE=KINDS[x.dtype], **defines)
+
+
+def _ld(x: cupy.ndarray) -> np.int64:
+    """The elements from one row to the next."""
+    return np.int64(x.strides[-2] // x.itemsize if x.ndim > 1 else x.size)
+
+
+def _stride(found: cupy.ndarray) -> np.int64:
+    """The elements from one piece to the next."""
+    return np.int64(found.strides[0] // found.itemsize)
