@@ -27,7 +27,7 @@ from nf4_gpu.exact import elementary as there_elementary
 from nf4_gpu.exact import grid as there_grid
 from nf4_gpu.exact import linear as there_linear
 from nf4_gpu.exact import ops as there_ops
-from nf4_gpu.exact.llama import on_device
+from nf4_gpu.exact.llama import DeviceLlama
 from nf4_gpu.tensor import to_device
 from nf4_gpu.train.exact import ExactEngine as ExactEngineThere
 from numpy.typing import NDArray
@@ -366,7 +366,7 @@ def test_every_intermediate_of_a_step(
 ) -> None:
     here = model(data.draw(st.integers(0, 1000)), kind[0], rank, dropout, block_size, targets, **kind[1])
     batch = batch_of(data, here.config.vocab_size)
-    there = on_device(here, {name: there_lora(lora) for name, lora in here.adapters.items()})
+    there = DeviceLlama(here, {name: there_lora(lora) for name, lora in here.adapters.items()})
     shown: list[dict[str, Any]] = [{}, {}]
     results = []
     for at, made in enumerate((ExactLlama(here), there)):
@@ -432,6 +432,25 @@ def test_steps_and_a_resumption(checkpointing: bool, kind: str) -> None:
     for held in ("params", "m", "v"):
         for name, array in getattr(here.optimizer, held).items():
             assert same_bits(cupy.asarray(getattr(there.optimizer, held)[name]), array), name
+
+
+def test_steps_of_one_shape_run_as_a_graph() -> None:
+    """The first is launched, the second captured, the third replayed; another shape is launched again."""
+    settings_ = {
+        "batch_size": 2, "max_grad_norm": 0.3, "weight_decay": 0.0, "checkpointing": False, "seed": 5,
+        "threads": 1,
+    }  # fmt: skip
+    engines = (ExactEngine, ExactEngineThere)
+    here, there = (made(model(4, "llama", 4, 0.0, 64, TARGETS), **settings_) for made in engines)
+    generator = np.random.default_rng(0)
+    for step, n in enumerate((20, 20, 20, 20, 9, 20, 20, 20)):
+        examples = [Example(*pair) for pair in generator.integers(0, 97, (4, 2, n), np.int32)]
+        batches = [(examples[:2], range(2)), (examples[2:], range(2, 4))][: 1 + step % 2]
+        assert here.step(batches, 1e-2) == there.step(batches, 1e-2)
+        assert here.evaluate(examples) == there.evaluate(examples)
+    there.store()
+    for name, array in here.optimizer.params.items():
+        assert same_bits(there.optimizer.params[name], array), name
 
 
 def test_a_step_that_diverges_changes_nothing() -> None:

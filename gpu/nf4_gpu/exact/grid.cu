@@ -4,8 +4,8 @@
 
 // x [rows, k], a row every ldx -> out [rows, k], a row every ldo: each row on its grid, each piece of PIECE columns by
 // itself, with `bits` (the last piece with `last_bits`). A warp, or a block of 256 threads, takes a row.
-extern "C" __global__ void rows(const Element* x, i64 rows, int k, i64 ldx, double* out, i64 ldo, int bits, int last_bits,
-                                int* status) {
+extern "C" __global__ void rows(const Element* __restrict__ x, i64 rows, int k, i64 ldx, double* __restrict__ out, i64 ldo,
+                                int bits, int last_bits, int* status) {
   int lane = threadIdx.x % LANES;
   i64 row = (i64)blockIdx.x * (256 / LANES) + threadIdx.x / LANES;
   if (row >= rows) return;  // with 256 lanes all threads have the same row
@@ -14,6 +14,7 @@ extern "C" __global__ void rows(const Element* x, i64 rows, int k, i64 ldx, doub
   for (int first = 0; first < k; first += PIECE) {
     int last = min(first + PIECE, k);
     u32 top = 0;
+#pragma unroll 8
     for (int i = first + lane; i < last; i += LANES) top = max(top, magnitude(widen(x[i])));
 #if LANES == 32
     for (int lanes = 16; lanes; lanes /= 2) top = max(top, __shfl_xor_sync(~0u, top, lanes));
@@ -21,14 +22,15 @@ extern "C" __global__ void rows(const Element* x, i64 rows, int k, i64 ldx, doub
     top = block_max(top);
 #endif
     double big = magic(checked(top, status), last == k ? last_bits : bits);
+#pragma unroll 8
     for (int i = first + lane; i < last; i += LANES) out[i] = on_grid(widen(x[i]), big);
   }
 }
 
 // x [k, n], a row every ldx -> out [k, n], a row every ldo: each column on its grid, as rows does. A block takes eight
 // columns of a piece, blockIdx.z the piece, and blockIdx.y the matrix: these lie `next_x` and `next_out` apart.
-extern "C" __global__ void columns(const Element* x, int k, int n, i64 ldx, i64 next_x, double* out, i64 ldo,
-                                   i64 next_out, int bits, int last_bits, int* status) {
+extern "C" __global__ void columns(const Element* __restrict__ x, int k, int n, i64 ldx, i64 next_x,
+                                   double* __restrict__ out, i64 ldo, i64 next_out, int bits, int last_bits, int* status) {
   __shared__ u32 tops[256];
   int column = blockIdx.x * 8 + threadIdx.x % 8, lane = threadIdx.x / 8;
   int first = blockIdx.z * PIECE, last = min(first + PIECE, k);
@@ -36,6 +38,7 @@ extern "C" __global__ void columns(const Element* x, int k, int n, i64 ldx, i64 
   out += blockIdx.y * next_out + column;
   u32 top = 0;
   if (column < n)
+#pragma unroll 8
     for (int i = first + lane; i < last; i += 32) top = max(top, magnitude(widen(x[i * ldx])));
   tops[threadIdx.x] = top;
   for (int half = 128; half >= 8; half /= 2) {
@@ -45,6 +48,7 @@ extern "C" __global__ void columns(const Element* x, int k, int n, i64 ldx, i64 
   __syncthreads();
   if (column >= n) return;
   double big = magic(checked(tops[threadIdx.x % 8], status), last == k ? last_bits : bits);
+#pragma unroll 8
   for (int i = first + lane; i < last; i += 32) out[i * ldo] = on_grid(widen(x[i * ldx]), big);
 }
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import cupy
 import numpy as np
-from nf4.model.ops import IGNORED
+from nf4.exact.head import Inputs
 from nf4.tensor import QuantizedTensor
-from numpy.typing import NDArray
 
 from nf4_gpu.exact import ops
 from nf4_gpu.exact.grid import Space, columns, finish, rows, sums
@@ -21,16 +20,14 @@ def head(
     norm: cupy.ndarray,
     eps: float,
     weight: cupy.ndarray | QuantizedTensor,
-    targets: NDArray[np.int32],
+    inputs: Inputs,
     scale: float | None,
     space: Space,
 ) -> tuple[cupy.ndarray, cupy.ndarray | None]:
     """The losses [T] of the last layer's x [T, hidden], and its gradient unless scale is None (NF4-15.5).
 
-    weight is [vocabulary, hidden], targets are on the host. Rows whose target is IGNORED have the loss +0 and
-    no gradient.
+    weight is [vocabulary, hidden]. Rows without a target have the loss +0 and no gradient.
     """
-    learned = np.flatnonzero(targets != IGNORED)
     losses = cupy.zeros(len(x), cupy.float32)
     dx = None if scale is None else cupy.zeros_like(x)
     plain: Any = weight
@@ -38,15 +35,14 @@ def head(
         plain = dequantize(weight, out=space.take("plain", weight.shape, weight.dtype))
     wide = space.take("weight", plain.shape, np.float64)
     step = max(1, HEAD_ELEMENTS // len(plain))
-    for start in range(0, len(learned), step):
-        at = cupy.asarray(learned[start : start + step])
+    for start in range(0, len(inputs.learned), step):
+        at, targets = inputs.learned[start : start + step], inputs.targets[start : start + step]
         part = x[at]
         y, rstd = ops.rms_norm(part, norm, eps)
         left = rows(y, space.take("left", y.shape, np.float64))
         found = sums(left, rows(plain, wide).mT, space)
         logits = finish(found, space.take("logits", found.shape[1:], np.float32))
-        chosen = cupy.asarray(targets[learned[start : start + step]].astype(np.int32))
-        losses[at] = ops.cross_entropy(logits, chosen, scale)
+        losses[at] = ops.cross_entropy(logits, targets, scale)
         if dx is not None:
             left = rows(logits, space.take("logits", logits.shape, np.float64))
             found = sums(left, columns(plain, wide), space)

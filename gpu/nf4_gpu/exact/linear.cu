@@ -3,15 +3,18 @@
 // Sums of terms on grids are exact in any order and with fused multiply-add: the fma here are those of NF4-14.3.
 #include "exact/grid.cuh"
 
-#define RANKS 16    // of an adapter that a block takes
-#define TOKENS 64   // of a sequence, at a time
-#define WARPS 8
-#define ROWS 4  // of a thread of finish_linear
+#define RANKS 16     // of an adapter that a block takes
+#define WARPS 16     // of a block of gradient
+#define TOKENS 128   // of a sequence, at a time: EACH of a warp
+#define EACH 8
+#define ROW_WARPS 8  // of a block that takes a row a warp
+#define ROWS 8      // of a thread of finish_linear
+#define FACTORS 64  // of a row of left, at a time
 
 // Sums [rows, r], a row every ld -> z = factor times the product, and z on the grids of its rows. A warp takes a row.
 extern "C" __global__ void low_rank(const double* sums, i64 rows, int r, i64 ld, i64 stride, int pieces, float factor, int bits,
                                     float* z, double* gridded, int* status) {
-  i64 row = (i64)blockIdx.x * WARPS + threadIdx.x / 32;
+  i64 row = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   if (row >= rows) return;
   u32 top = 0;
@@ -27,7 +30,7 @@ extern "C" __global__ void low_rank(const double* sums, i64 rows, int r, i64 ld,
 
 // B [n, r] -> its rows on their grids, as columns: out [r, n]. A warp takes a row. DTYPE is that of B.
 extern "C" __global__ void transposed(const Element* b, int n, int r, int bits, double* out, int* status) {
-  int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+  int row = blockIdx.x * ROW_WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (row >= n) return;
   u32 top = 0;
   for (int i = lane; i < r; i += 32) top = max(top, magnitude(widen(b[(i64)row * r + i])));
@@ -37,20 +40,38 @@ extern "C" __global__ void transposed(const Element* b, int n, int r, int bits, 
 }
 
 // y [rows, n] = the product of which these are the sums, + bias, + the product of left [rows, r] and right [r, n], both on
-// their grids; add: added to y. bias and left may be null; sums too, for the low-rank product alone.
-extern "C" __global__ void finish_linear(const double* sums, i64 rows, int n, i64 ld, i64 stride, int pieces, const float* bias,
-                                         const double* left, const double* right, int r, bool add, float* y) {
-  int column = blockIdx.x * blockDim.x + threadIdx.x;
+// their grids; add: added to y. bias and left may be null; sums too, for the low-rank product alone. A block takes ROWS
+// rows and 256 columns.
+extern "C" __global__ void __launch_bounds__(256)
+    finish_linear(const double* __restrict__ sums, i64 rows, int n, i64 ld, i64 stride, int pieces,
+                  const float* __restrict__ bias, const double* __restrict__ left, const double* __restrict__ right, int r,
+                  bool add, float* __restrict__ y) {
+  __shared__ __align__(16) double tile[ROWS][FACTORS];
+  int column = blockIdx.x * 256 + threadIdx.x;
   i64 first = (i64)blockIdx.y * ROWS;
-  if (column >= n) return;
   double low[ROWS] = {};
   if (left)
-    for (int k = 0; k < r; k++) {
-      double factor = right[(i64)k * n + column];
+    for (int k0 = 0; k0 < r; k0 += FACTORS) {
+      int factors = min(FACTORS, r - k0);
+      __syncthreads();
+      for (int i = threadIdx.x; i < ROWS * FACTORS; i += 256) {
+        int row = i / FACTORS, k = i % FACTORS;
+        tile[row][k] = k < factors && first + row < rows ? left[(first + row) * r + k0 + k] : 0;
+      }
+      __syncthreads();
+      if (column < n)
+#pragma unroll 4
+        for (int k = 0; k < factors; k += 2) {  // two at once: of an odd number the last meets a zero
+          double one = right[(i64)(k0 + k) * n + column];
+          double two = k + 1 < factors ? right[(i64)(k0 + k + 1) * n + column] : 0;
 #pragma unroll
-      for (int i = 0; i < ROWS; i++)
-        if (first + i < rows) low[i] = __fma_rn(left[(first + i) * r + k], factor, low[i]);
+          for (int i = 0; i < ROWS; i++) {
+            double2 pair = *(const double2*)&tile[i][k];
+            low[i] = __fma_rn(pair.y, two, __fma_rn(pair.x, one, low[i]));
+          }
+        }
     }
+  if (column >= n) return;
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
     i64 row = first + i;
@@ -72,21 +93,26 @@ __device__ __forceinline__ int bits_of(int k) { return min(24, (53 - (k > 1 ? 32
 // For each sequence, of at most PIECE rows: out[i, j] = the sum over its rows of left [T, r] column i times right [T, c]
 // column j, each column on its grid. Its elements lie by_left and by_right apart, sequences `next`. A block takes RANKS of
 // the columns of left and 32 of right, a warp every WARPS-th token.
-extern "C" __global__ void gradient(const float* left, const float* right, const int* starts, int r, int c, float* out,
-                                    i64 next, i64 by_left, i64 by_right, int* status) {
-  __shared__ double lefts[TOKENS][RANKS];
-  __shared__ double sums[WARPS][32][RANKS + 1];
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    gradient(const float* __restrict__ left, const float* __restrict__ right, const int* __restrict__ starts, int r, int c,
+             float* __restrict__ out, i64 next, i64 by_left, i64 by_right, int* status) {
+  __shared__ __align__(16) double memory[TOKENS * RANKS];  // of left; then, for half of the warps at a time, sums
   __shared__ u32 tops[WARPS * 32];
   __shared__ double bigs[RANKS];
   int start = starts[blockIdx.z], n = starts[blockIdx.z + 1] - start, bits = bits_of(n);
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32, column = blockIdx.x * 32 + lane, rank0 = blockIdx.y * RANKS;
-  left += (i64)start * r;
-  right += (i64)start * c;
-
-  u32 top = 0;
   int rank = rank0 + threadIdx.x % RANKS;
+  bool there = column < c;
+  left += (i64)start * r;
+  right += (i64)start * c + column;
+
+  u32 top = 0, own = 0;
   if (rank < r)
+#pragma unroll 8
     for (int t = threadIdx.x / RANKS; t < n; t += WARPS * 32 / RANKS) top = max(top, magnitude(left[(i64)t * r + rank]));
+  if (there)
+#pragma unroll 8
+    for (int t = warp; t < n; t += WARPS) own = max(own, magnitude(right[(i64)t * c]));
   tops[threadIdx.x] = top;
   __syncthreads();
   if (threadIdx.x < RANKS) {
@@ -94,37 +120,48 @@ extern "C" __global__ void gradient(const float* left, const float* right, const
     bigs[threadIdx.x] = magic(checked(top, status), bits);
   }
   __syncthreads();
-  top = 0;
-  if (column < c)
-    for (int t = warp; t < n; t += WARPS) top = max(top, magnitude(right[(i64)t * c + column]));
-  tops[threadIdx.x] = top;
+  tops[threadIdx.x] = own;
   __syncthreads();
-  for (int i = 0; i < WARPS; i++) top = max(top, tops[i * 32 + lane]);
-  double big = magic(checked(top, status), bits), sum[RANKS] = {};
+  for (int i = 0; i < WARPS; i++) own = max(own, tops[i * 32 + lane]);
+  double big = magic(checked(own, status), bits), sum[RANKS] = {};
 
   for (int first = 0; first < n; first += TOKENS) {
-    for (int i = threadIdx.x; i < TOKENS * RANKS; i += WARPS * 32) {
-      int t = first + i / RANKS, k = rank0 + i % RANKS;
-      lefts[i / RANKS][i % RANKS] = t < n && k < r ? on_grid(left[(i64)t * r + k], bigs[i % RANKS]) : 0;
+    float x[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      int t = first + i * WARPS + warp;
+      x[i] = there && t < n ? right[(i64)t * c] : 0.f;
     }
     __syncthreads();
-    if (column < c)
-      for (int t = warp; t < min(TOKENS, n - first); t += WARPS) {
-        double x = on_grid(right[(i64)(first + t) * c + column], big);
-#pragma unroll
-        for (int i = 0; i < RANKS; i++) sum[i] = __fma_rn(x, lefts[t][i], sum[i]);
-      }
+    for (int i = threadIdx.x; i < TOKENS * RANKS; i += WARPS * 32) {
+      int t = first + i / RANKS, k = i % RANKS;
+      memory[i] = t < n && rank0 + k < r ? on_grid(left[(i64)t * r + rank0 + k], bigs[k]) : 0;
+    }
     __syncthreads();
-  }
 #pragma unroll
-  for (int i = 0; i < RANKS; i++) sums[warp][lane][i] = sum[i];
-  __syncthreads();
-  for (int i = threadIdx.x; i < 32 * RANKS; i += WARPS * 32) {
-    // Neighbours in the result are neighbours here: of right where those are its columns, else of left.
-    int j = by_right == 1 ? i % 32 : i / RANKS, k = by_right == 1 ? i / 32 : i % RANKS;
-    if (blockIdx.x * 32 + j >= c || rank0 + k >= r) continue;
-    double all = 0;
-    for (int w = 0; w < WARPS; w++) all = __dadd_rn(all, sums[w][j][k]);
-    out[blockIdx.z * next + (rank0 + k) * by_left + (blockIdx.x * 32 + j) * by_right] = finished(all);
+    for (int i = 0; i < EACH; i++) {
+      double wide = on_grid(x[i], big);
+      const double2* factors = (const double2*)(memory + (i * WARPS + warp) * RANKS);
+#pragma unroll
+      for (int k = 0; k < RANKS / 2; k++) {
+        double2 pair = factors[k];
+        sum[2 * k] = __fma_rn(wide, pair.x, sum[2 * k]);
+        sum[2 * k + 1] = __fma_rn(wide, pair.y, sum[2 * k + 1]);
+      }
+    }
+  }
+  // The warps' sums, by halves: [WARPS / 2][RANKS][32] would not fit, so RANKS / 4 of them at a time.
+  for (int k0 = 0; k0 < RANKS; k0 += RANKS / 4) {
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < RANKS; k++)
+      if (k / (RANKS / 4) == k0 / (RANKS / 4)) memory[(warp * (RANKS / 4) + k % (RANKS / 4)) * 32 + lane] = sum[k];
+    __syncthreads();
+    if (threadIdx.x < RANKS / 4 * 32) {
+      int k = threadIdx.x / 32;
+      double all = 0;
+      for (int w = 0; w < WARPS; w++) all = __dadd_rn(all, memory[(w * (RANKS / 4) + k) * 32 + lane]);
+      if (there && rank0 + k0 + k < r) out[blockIdx.z * next + (rank0 + k0 + k) * by_left + column * by_right] = finished(all);
+    }
   }
 }

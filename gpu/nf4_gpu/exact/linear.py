@@ -20,7 +20,7 @@ from nf4_gpu.exact.grid import Space, columns, finish, product_bits_of, rows, st
 from nf4_gpu.random import drop
 from nf4_gpu.tensor import dequantize
 
-_ROWS, _WARPS, _RANKS = 4, 8, 16  # as in linear.cu
+_ROWS, _RANKS, _WARPS, _ROW_WARPS = 8, 16, 16, 8  # as in linear.cu
 Gradients = tuple[cupy.ndarray, cupy.ndarray] | tuple[None, None]
 
 
@@ -41,24 +41,34 @@ def forward(
 ) -> list[LinearCache]:
     """Write y [T, out] of each layer for the x [T, in] they share into its out (NF4-15.1)."""
     left = rows(x, space.take("input", x.shape, np.float64))
+    # The weights of all, the rows of each A below its W: one product makes everything.
+    heights = [
+        layer.weight.shape[0]
+        + (0 if layer.lora is None or _drops(layer.lora, dropout) else len(layer.lora.A))
+        for layer in layers
+    ]
+    right = space.take("weight", (sum(heights), x.shape[1]), np.float64)
+    start = 0
+    for layer, height in zip(layers, heights, strict=True):
+        outputs, stop = layer.weight.shape[0], start + height
+        rows(_plain(layer.weight, space), right[start : start + outputs])
+        if layer.lora is not None and height > outputs:
+            rows(layer.lora.A, right[start + outputs : stop])
+        start = stop
+    found = sums(left, right.mT, space)
     caches = []
-    for layer, y in zip(layers, outs, strict=True):
-        outputs, inputs = layer.weight.shape
+    start = 0
+    for layer, height, y in zip(layers, heights, outs, strict=True):
+        outputs, stop = layer.weight.shape[0], start + height
         lora, drops = layer.lora, _drops(layer.lora, dropout)
-        rank = 0 if lora is None or drops else len(lora.A)
-        # The rows of A below those of W: one product makes both.
-        right = space.take("weight", (outputs + rank, inputs), np.float64)
-        rows(_plain(layer.weight, space), right[:outputs])
-        if lora is not None and rank:
-            rows(lora.A, right[outputs:])
-        found = sums(left, right.mT, space)
-        cache, low = LinearCache(None, drops), None
+        cache, low, factor = LinearCache(None, drops), None, None
         if lora is not None:
-            inner = _inner(lora, x, dropout, space) if drops else found[..., outputs:]
+            inner = _inner(lora, x, dropout, space) if drops else found[..., start + outputs : stop]
             cache.z, low = _low_rank(inner, scale(lora, drops), space)
-        factor = None if lora is None else _transposed(lora.B, space)
-        _finish(found[..., :outputs], layer.bias, low, factor, y)
+            factor = _transposed(lora.B, space)
+        _finish(found[..., start : start + outputs], layer.bias, low, factor, y)
         caches.append(cache)
+        start = stop
     return caches
 
 
@@ -160,7 +170,7 @@ def _low_rank(found: cupy.ndarray, factor: np.float32, space: Space) -> tuple[cu
     low = space.take("low rank", (count, rank), np.float64)
     function = kernel(runtime.getDevice(), "exact/linear.cu", "low_rank", DTYPE=0)
     head = (found, np.int64(count), np.int32(rank), *_strides(found), np.int32(pieces), factor)
-    function((-(-count // _WARPS),), (32 * _WARPS,), (*head, product_bits_of(rank), z, low, status()))
+    function((-(-count // _ROW_WARPS),), (32 * _ROW_WARPS,), (*head, product_bits_of(rank), z, low, status()))
     return z, low
 
 
@@ -171,7 +181,7 @@ def _transposed(B: cupy.ndarray, space: Space) -> cupy.ndarray:
     function = kernel(runtime.getDevice(), "exact/linear.cu", "transposed", DTYPE=KINDS[B.dtype])
     bits = product_bits_of(rank)
     sizes = np.int32(outputs), np.int32(rank), bits
-    function((-(-outputs // _WARPS),), (32 * _WARPS,), (B, *sizes, out, status()))
+    function((-(-outputs // _ROW_WARPS),), (32 * _ROW_WARPS,), (B, *sizes, out, status()))
     return out
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import cupy
 import numpy as np
 from cupy.cuda import runtime
-from numpy.typing import NDArray
 
 from nf4_gpu.arrays import KINDS
 from nf4_gpu.compile import kernel
@@ -31,12 +30,12 @@ __all__ = [
 _THREADS = 256
 
 
-def embed(table: cupy.ndarray, ids: NDArray[np.int32]) -> cupy.ndarray:
-    """The rows of the tokens, widened: float32 [T, hidden]; ids are on the host (NF4-15.4)."""
+def embed(table: cupy.ndarray, ids: cupy.ndarray) -> cupy.ndarray:
+    """The rows of the tokens ids int32 [T], widened: float32 [T, hidden] (NF4-15.4)."""
     out = cupy.empty((len(ids), table.shape[1]), cupy.float32)
     function = kernel(runtime.getDevice(), "exact/ops.cu", "embed", DTYPE=KINDS[table.dtype])
     tail = np.int32(table.shape[1]), np.int64(out.size), out
-    function((-(-out.size // _THREADS),), (_THREADS,), (table, cupy.asarray(ids), *tail))
+    function((-(-out.size // _THREADS),), (_THREADS,), (table, ids, *tail))
     return out
 
 

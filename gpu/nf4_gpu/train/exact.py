@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nf4_gpu.arrays import KINDS
 from nf4_gpu.compile import kernel
 from nf4_gpu.exact import grid
-from nf4_gpu.exact.llama import on_device
+from nf4_gpu.exact.llama import DeviceLlama
 
 Float32 = NDArray[np.float32]
 
@@ -50,37 +50,40 @@ class ExactEngine:
         params = self.optimizer.params
         dtype = next(iter(params.values())).dtype
         size = sum(p.size for p in params.values())
-        self._p = cupy.empty(size, dtype)
-        self._m, self._v = (cupy.empty(size, cupy.float32) for _ in "mv")
-        views = _views(self._p, params)
-        adapters: dict[str, LoRA] = {
-            name: replace(lora, A=views[f"{name}.lora_A.weight"], B=views[f"{name}.lora_B.weight"])
-            for name, lora in model.adapters.items()
-        }
-        self._model = on_device(model, adapters)
-        self._pieces, starts = _pieces(params)
-        self._starts = cupy.asarray(starts)
-        self._space = grid.Space()
-        self.load()
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        with self._stream:
+            self._p = cupy.empty(size, dtype)
+            self._m, self._v = (cupy.empty(size, cupy.float32) for _ in "mv")
+            views = _views(self._p, params)
+            adapters: dict[str, LoRA] = {
+                name: replace(lora, A=views[f"{name}.lora_A.weight"], B=views[f"{name}.lora_B.weight"])
+                for name, lora in model.adapters.items()
+            }
+            self._model = DeviceLlama(model, adapters)
+            self._pieces, starts = _pieces(params)
+            self._starts = cupy.asarray(starts)
+            self._space = grid.Space()
+            self.load()
 
     def step(self, micro_batches: Sequence[MicroBatch], rate: float) -> Update:
         """Make one update at a learning rate, unless its loss or norm is not finite (NF4-15.9)."""
-        tokens = count_tokens(micro_batches)
-        try:
-            loss, gradient = self.gradient(micro_batches)
-        except NotFiniteError:
-            return Update(math.nan, math.nan, tokens)
-        norm = self._norm(gradient)
-        update = Update(loss, norm, tokens)
-        if update.finite:
-            clip = np.float32(clip_factor(norm, self._max_grad_norm))
-            s = self.optimizer.advance(rate)
-            function = kernel(runtime.getDevice(), "train/exact.cu", "update", DTYPE=KINDS[self._p.dtype])
-            scalars = clip, s.rest1, s.beta2, s.rest2, s.root, s.eps, s.step, s.decay
-            n = self._p.size
-            head = self._p, gradient, self._m, self._v, np.int64(n)
-            function((-(-n // 256),), (256,), (*head, *scalars))
-        return update
+        with self._stream:
+            tokens = count_tokens(micro_batches)
+            try:
+                loss, gradient = self.gradient(micro_batches)
+            except NotFiniteError:
+                return Update(math.nan, math.nan, tokens)
+            norm = self._norm(gradient)
+            update = Update(loss, norm, tokens)
+            if update.finite:
+                clip = np.float32(clip_factor(norm, self._max_grad_norm))
+                s = self.optimizer.advance(rate)
+                function = kernel(runtime.getDevice(), "train/exact.cu", "update", DTYPE=KINDS[self._p.dtype])
+                scalars = clip, s.rest1, s.beta2, s.rest2, s.root, s.eps, s.step, s.decay
+                n = self._p.size
+                head = self._p, gradient, self._m, self._v, np.int64(n)
+                function((-(-n // 256),), (256,), (*head, *scalars))
+            return update
 
     def gradient(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, cupy.ndarray]:
         """Return the mean loss of a step and its gradient, all arrays one after another (NF4-15.5, NF4-15.6).
@@ -97,33 +100,38 @@ class ExactEngine:
                 checkpointing=self._checkpointing,
                 seed=self._seed,
             )
+            if len(micro_batches) > 1:  # whose memory the next one may overwrite
+                part = part.copy()
             losses.append(part)
             memory = next(iter(gradients.values()))  # all arrays of a sequence follow one another
             for by_sequence in cupy.ndarray((len(memory), self._p.size), cupy.float32, memory.data):
-                summed.add(by_sequence)
+                summed.add(by_sequence.copy() if len(micro_batches) > 1 else by_sequence)
         loss = mean_loss(self._read(losses), targets)
         return loss, summed.total()
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """Return the mean loss over the target tokens, in nats, without dropout (NF4-15.5)."""
-        losses = []
-        for start in range(0, len(examples), self._batch_size):
-            part = examples[start : start + self._batch_size]
-            losses.append(self._model.losses(make_batch(part, range(len(part)))))
-        return mean_loss(self._read(losses), count_targets(examples))
+        with self._stream:
+            losses = []
+            for start in range(0, len(examples), self._batch_size):
+                part = examples[start : start + self._batch_size]
+                losses.append(self._model.losses(make_batch(part, range(len(part)))))
+            return mean_loss(self._read(losses), count_targets(examples))
 
     def load(self) -> None:
         """Take over the arrays and states that the optimizer holds."""
-        for flat, held in self._pairs():
-            flat.set(np.concatenate([array.reshape(-1) for array in held.values()]))
+        with self._stream:
+            for flat, held in self._pairs():
+                flat.set(np.concatenate([array.reshape(-1) for array in held.values()]))
 
     def store(self) -> None:
         """Bring the optimizer up to date."""
-        for flat, held in self._pairs():
-            arrays, start = flat.get(), 0
-            for array in held.values():
-                array.reshape(-1)[:] = arrays[start : start + array.size]
-                start += array.size
+        with self._stream:
+            for flat, held in self._pairs():
+                arrays, start = flat.get(), 0
+                for array in held.values():
+                    array.reshape(-1)[:] = arrays[start : start + array.size]
+                    start += array.size
 
     def _pairs(self) -> list[tuple[cupy.ndarray, dict[str, Any]]]:
         """What the device and the optimizer have of the same."""

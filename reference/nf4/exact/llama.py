@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4.exact import attention, linear, ops
-from nf4.exact.head import head
+from nf4.exact.head import Inputs, head, inputs_of
 from nf4.exact.linear import LinearCache
 from nf4.exact.tables import rotation
 from nf4.lora import Dropout, Workspace
@@ -52,7 +52,7 @@ class _Call:
     trace: Trace
 
 
-def _silent(name: str, array: NDArray[Any]) -> None:
+def silent(name: str, array: NDArray[Any]) -> None:
     """Look at nothing."""
 
 
@@ -74,6 +74,7 @@ class Rooms:
     ops: Any
     linear: Any
     attention: Any
+    inputs_of: Callable[[Batch], Any]
     embed: Callable[..., Any]
     head: Callable[..., Any]
     gradients: Callable[..., Any]
@@ -81,7 +82,7 @@ class Rooms:
     workspace: Callable[[], Any]
 
 
-HOST = Rooms(ops, linear, attention, embed, head, gradients, rotation, Workspace)
+HOST = Rooms(ops, linear, attention, inputs_of, embed, head, gradients, rotation, Workspace)
 
 
 class ExactLlama:
@@ -96,14 +97,15 @@ class ExactLlama:
 
     def losses(self, batch: Batch) -> Float32:
         """The loss of every row, float32 [T], +0 where there is no target; nothing is dropped (NF4-15.5)."""
-        with self._call(batch, None, _silent) as call:
-            x = self._embed(batch)
+        with self._call(batch, None, silent) as call:
+            inputs = self._rooms.inputs_of(batch)
+            x = self._embed(inputs)
             for index in range(self.config.num_hidden_layers):
                 x, _ = self._forward(index, x, call, keep=False)
-            return self._head(x, batch, None, call)[0]
+            return self._head(x, inputs, None, call)[0]
 
     def losses_and_gradients(
-        self, batch: Batch, *, scale: float, checkpointing: bool, seed: int, trace: Trace = _silent
+        self, batch: Batch, *, scale: float, checkpointing: bool, seed: int, trace: Trace = silent
     ) -> tuple[Float32, dict[str, Float32]]:
         """The losses of rows [T], and each sequence's gradient of scale times their sum (NF4-15.4, NF4-15.5).
 
@@ -112,29 +114,32 @@ class ExactLlama:
         InputError where something on the way is not finite.
         """
         with self._call(batch, Dropout(seed, batch.lengths, batch.samples), trace) as call:
-            bottom, count = self.model.lowest_adapted, self.config.num_hidden_layers
-            x = self._embed(batch)
-            inputs: list[Float32] = []
-            kept: list[_Kept] = []
-            for index in range(count):
-                if index >= bottom and checkpointing:
-                    inputs.append(x)
-                x, activations = self._forward(index, x, call, keep=index >= bottom and not checkpointing)
-                if activations is not None:
-                    kept.append(activations)
-            losses, dx = self._head(x, batch, scale, call)
-            assert dx is not None
-            gradients: dict[str, Float32] = self._rooms.gradients(
-                self.model.trainable("lora"), len(batch.lengths)
-            )
-            for index in reversed(range(bottom, count)):
-                if checkpointing:
-                    _, activations = self._forward(index, inputs.pop(), call, keep=True, need_y=False)
-                else:
-                    activations = kept.pop()
-                assert activations is not None
-                self._backward(index, dx, activations, call, gradients, index == bottom)
-            return losses, gradients
+            return self._losses_and_gradients(self._rooms.inputs_of(batch), scale, checkpointing, call)
+
+    def _losses_and_gradients(
+        self, inputs: Inputs, scale: float, checkpointing: bool, call: _Call
+    ) -> tuple[Float32, dict[str, Float32]]:
+        bottom, count = self.model.lowest_adapted, self.config.num_hidden_layers
+        x = self._embed(inputs)
+        kept_inputs: list[Float32] = []
+        kept: list[_Kept] = []
+        for index in range(count):
+            if index >= bottom and checkpointing:
+                kept_inputs.append(x)
+            x, activations = self._forward(index, x, call, keep=index >= bottom and not checkpointing)
+            if activations is not None:
+                kept.append(activations)
+        losses, dx = self._head(x, inputs, scale, call)
+        assert dx is not None
+        gradients: dict[str, Float32] = self._rooms.gradients(self.model.trainable("lora"), len(call.lengths))
+        for index in reversed(range(bottom, count)):
+            if checkpointing:
+                _, activations = self._forward(index, kept_inputs.pop(), call, keep=True, need_y=False)
+            else:
+                activations = kept.pop()
+            assert activations is not None
+            self._backward(index, dx, activations, call, gradients, index == bottom)
+        return losses, gradients
 
     @contextmanager
     def _call(self, batch: Batch, dropout: Dropout | None, trace: Trace) -> Iterator[_Call]:
@@ -147,17 +152,17 @@ class ExactLlama:
         yield _Call(space, batch.lengths, cos, sin, dropout, trace)
         self._spaces.append(space)
 
-    def _embed(self, batch: Batch) -> Float32:
-        rows: Float32 = self._rooms.embed(self.model.vector(EMBEDDING), batch.ids)
+    def _embed(self, inputs: Inputs) -> Float32:
+        rows: Float32 = self._rooms.embed(self.model.vector(EMBEDDING), inputs.ids)
         return rows
 
     def _head(
-        self, x: Float32, batch: Batch, scale: float | None, call: _Call
+        self, x: Float32, inputs: Inputs, scale: float | None, call: _Call
     ) -> tuple[Float32, Float32 | None]:
         name = EMBEDDING if self.config.tie_word_embeddings else HEAD
         norm, eps = self.model.vector(FINAL_NORM), self.config.rms_norm_eps
         found: tuple[Float32, Float32 | None] = self._rooms.head(
-            x, norm, eps, self.model.params[name], batch.targets, scale, call.space
+            x, norm, eps, self.model.params[name], inputs, scale, call.space
         )
         return found
 

@@ -501,7 +501,9 @@ def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptio
     }
     if options.device == "cuda":
         if not options.exact:
-            raise InputError("--device cuda: it trains with --exact only; leave --device away, or add --exact")
+            raise InputError(
+                "--device cuda: it trains with --exact only; leave --device away, or add --exact"
+            )
         try:
             from nf4_gpu.arrays import require_gpu
 
