@@ -13,7 +13,7 @@ from nf4.floats import BFLOAT16, FLOAT16, FLOAT32
 from nf4_gpu.arrays import address, scratch
 
 _TYPES = {FLOAT32: 0, FLOAT16: 2, BFLOAT16: 14}  # cudaDataType
-_COMPUTE_32F, _COMPUTE_64F_PEDANTIC = 68, 71  # the latter is never emulated
+_COMPUTE_32F, _COMPUTE_64F = 68, 70
 _FLOAT64 = 1
 _DEFAULT_ALGORITHM = -1
 _WORKSPACE = 32 << 20  # bytes: what cuBLAS recommends on Hopper
@@ -123,7 +123,7 @@ def multiply_float64(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray) -> Non
         _FLOAT64,
         *result[1:],
         batch,
-        _COMPUTE_64F_PEDANTIC,
+        _COMPUTE_64F,
         _DEFAULT_ALGORITHM,
     )
     _check(status, f"cublasGemmStridedBatchedEx {batch} x [{m}, {k}] x [{k}, {n}] in float64")

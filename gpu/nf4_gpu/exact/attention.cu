@@ -3,35 +3,30 @@
 #include "exact/elementary.cuh"
 #include "exact/grid.cuh"
 
-// Rows of heads [T, groups * group * d] of sequences of n rows -> [sequences * groups, group * n, d], head after head.
-extern "C" __global__ void gather(const float* x, int n, int groups, int group, int d, i64 size, float* out) {
-  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= size) return;
-  i64 j = i;
-  int c = (int)(j % d);
-  j /= d;
-  int row = (int)(j % n);
-  j /= n;
-  int head = (int)(j % group);
-  j /= group;
-  i64 at = ((j / groups * n + row) * groups + j % groups) * group + head;
-  out[i] = x[at * d + c];
+// Where the row of `gathered`, of [sequences * groups, group * n] rows, is among those of heads [T, groups, group].
+__device__ __forceinline__ i64 row_of_heads(i64 gathered, int n, int groups, int group) {
+  int row = (int)(gathered % n), head = (int)(gathered / n % group);
+  i64 batch = gathered / n / group;
+  return ((batch / groups * n + row) * groups + batch % groups) * group + head;
+}
+
+// Rows of heads [T, groups * group * d] of sequences of n rows -> [sequences * groups, group * n, d], head after head. A
+// warp takes a row.
+extern "C" __global__ void gather(const float* __restrict__ x, int n, int groups, int group, int d, i64 rows,
+                                  float* __restrict__ out) {
+  i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+  if (row >= rows) return;
+  x += row_of_heads(row, n, groups, group) * d;
+  for (int c = threadIdx.x % 32; c < d; c += 32) out[row * d + c] = x[c];
 }
 
 // The way back, from the sums of a product, its pieces `stride` apart.
-extern "C" __global__ void scatter(const double* sums, i64 stride, int pieces, int n, int groups, int group, int d, i64 size,
-                                   float* out) {
-  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= size) return;
-  i64 j = i;
-  int c = (int)(j % d);
-  j /= d;
-  int row = (int)(j % n);
-  j /= n;
-  int head = (int)(j % group);
-  j /= group;
-  i64 at = ((j / groups * n + row) * groups + j % groups) * group + head;
-  out[at * d + c] = finished(sum_of_pieces(sums + i, stride, pieces));
+extern "C" __global__ void scatter(const double* __restrict__ sums, i64 stride, int pieces, int n, int groups, int group,
+                                   int d, i64 rows, float* __restrict__ out) {
+  i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
+  if (row >= rows) return;
+  out += row_of_heads(row, n, groups, group) * d;
+  for (int c = threadIdx.x % 32; c < d; c += 32) out[c] = finished(sum_of_pieces(sums + row * d + c, stride, pieces));
 }
 
 #if LANES == 32
@@ -91,11 +86,12 @@ extern "C" __global__ void probabilities(double* sums, i64 rows, int n, int wind
 }
 
 // Sums [rows, n] of the gradient of p -> that of the scores times factor in e, and over the sums e on its rows' grids.
-extern "C" __global__ void scores_backward(double* sums, const float* p, i64 rows, int n, float factor, int bits, float* e,
-                                           int* status) {
+extern "C" __global__ void scores_backward(double* sums, const float* p, i64 rows, int n, int window, float factor, int bits,
+                                           float* e, int* status) {
   int lane = threadIdx.x % LANES;
   i64 row = (i64)blockIdx.x * (256 / LANES) + threadIdx.x / LANES;
   if (row >= rows) return;
+  int query = (int)(row % n);
   sums += row * n;
   p += row * n;
   e += row * n;
@@ -103,8 +99,9 @@ extern "C" __global__ void scores_backward(double* sums, const float* p, i64 row
   u64 top = 0;
   EACH {
     int key = j * LANES + lane;
-    v[j] = key < n ? finished(sums[key]) : 0.f;
-    own[j] = key < n ? p[key] : 0.f;
+    bool seen = key <= query && key > query - window;  // elsewhere p is 0
+    v[j] = seen ? finished(sums[key]) : 0.f;
+    own[j] = seen ? p[key] : 0.f;
     top = max(top, magnitude((double)own[j] * v[j]));
   }
   double big = magic(checked(row_max(top), status), SUM_BITS), sum = 0;

@@ -62,7 +62,7 @@ def attend_backward(
 
         left = rows(douts, space.take("left", douts.shape, np.float64))
         right = rows(values, space.take("right", values.shape, np.float64))
-        e, wide = _scores_backward(part, sums(left, right.mT, space, "scores"), p, space)
+        e, wide = _scores_backward(part, sums(left, right.mT, space, "scores"), p, window, space)
         right = columns(keys, space.take("right", keys.shape, np.float64))
         part.scatter(sums(wide, right, space), dq, True)
         wide = columns(e, space.take("by key", e.shape, np.float64))
@@ -83,16 +83,18 @@ class _Part:
         group = self.heads.group if grouped else 1
         out = space.take(f"{name} of heads", (self.batch, group * self.n, self.heads.dim), np.float32)
         function = kernel(runtime.getDevice(), "exact/attention.cu", "gather", DTYPE=0, LANES=32, VALUES=4)
-        function((-(-out.size // 256),), (256,), (x[self.rows], *self._sizes(group), np.int64(out.size), out))
+        rows_ = self.batch * group * self.n
+        function((-(-rows_ // 8),), (256,), (x[self.rows], *self._sizes(group), np.int64(rows_), out))
         return out
 
     def scatter(self, found: cupy.ndarray, out: cupy.ndarray, grouped: bool) -> None:
         """The product of these sums [pieces, batch, group * n, dim] as rows of heads."""
-        group, size = self.heads.group if grouped else 1, found[0].size
+        group = self.heads.group if grouped else 1
+        rows_ = self.batch * group * self.n
         function = kernel(runtime.getDevice(), "exact/attention.cu", "scatter", DTYPE=0, LANES=32, VALUES=4)
-        head = (found, np.int64(size), np.int32(len(found)))
-        tail = (*self._sizes(group), np.int64(size), out[self.rows])
-        function((-(-size // 256),), (256,), (*head, *tail))
+        head = (found, np.int64(found[0].size), np.int32(len(found)))
+        tail = (*self._sizes(group), np.int64(rows_), out[self.rows])
+        function((-(-rows_ // 8),), (256,), (*head, *tail))
 
     def _sizes(self, group: int) -> tuple[np.int32, ...]:
         return np.int32(self.n), np.int32(self.heads.kv_heads), np.int32(group), np.int32(self.heads.dim)
@@ -131,16 +133,16 @@ def _probabilities(
 
 
 def _scores_backward(
-    part: _Part, found: cupy.ndarray, p: cupy.ndarray, space: Space
+    part: _Part, found: cupy.ndarray, p: cupy.ndarray, window: int | None, space: Space
 ) -> tuple[cupy.ndarray, cupy.ndarray]:
     """e float32 [batch, group * n, n] of the sums of the gradient of p, and e on the grids of its rows."""
     e = space.take("e", p.shape, np.float32)
-    n = part.n
+    n, seen = part.n, np.int32(part.n if window is None else window)
     if n > PIECE or len(found) > 1:
         finish(found, e)
         ops.softmax_backward(e, p, _scale(part.heads))
         return e, rows(e, found[0])
-    tail = (np.int64(p.size // n), np.int32(n), np.float32(_scale(part.heads)), product_bits_of(n))
+    tail = (np.int64(p.size // n), np.int32(n), seen, np.float32(_scale(part.heads)), product_bits_of(n))
     _launch("scores_backward", n, p.size // n * _lanes(n)[0], found, p, *tail, e, status())
     return e, found[0]
 

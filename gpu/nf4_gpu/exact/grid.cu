@@ -31,7 +31,7 @@ extern "C" __global__ void rows(const Element* __restrict__ x, i64 rows, int k, 
 // columns of a piece, blockIdx.z the piece, and blockIdx.y the matrix: these lie `next_x` and `next_out` apart.
 extern "C" __global__ void columns(const Element* __restrict__ x, int k, int n, i64 ldx, i64 next_x,
                                    double* __restrict__ out, i64 ldo, i64 next_out, int bits, int last_bits, int* status) {
-  __shared__ u32 tops[256];
+  __shared__ u32 tops[512];
   int column = blockIdx.x * 8 + threadIdx.x % 8, lane = threadIdx.x / 8;
   int first = blockIdx.z * PIECE, last = min(first + PIECE, k);
   x += blockIdx.y * next_x + column;
@@ -39,9 +39,9 @@ extern "C" __global__ void columns(const Element* __restrict__ x, int k, int n, 
   u32 top = 0;
   if (column < n)
 #pragma unroll 8
-    for (int i = first + lane; i < last; i += 32) top = max(top, magnitude(widen(x[i * ldx])));
+    for (int i = first + lane; i < last; i += 64) top = max(top, magnitude(widen(x[i * ldx])));
   tops[threadIdx.x] = top;
-  for (int half = 128; half >= 8; half /= 2) {
+  for (int half = 256; half >= 8; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) tops[threadIdx.x] = max(tops[threadIdx.x], tops[threadIdx.x + half]);
   }
@@ -49,15 +49,16 @@ extern "C" __global__ void columns(const Element* __restrict__ x, int k, int n, 
   if (column >= n) return;
   double big = magic(checked(tops[threadIdx.x % 8], status), last == k ? last_bits : bits);
 #pragma unroll 8
-  for (int i = first + lane; i < last; i += 32) out[i * ldo] = on_grid(widen(x[i * ldx]), big);
+  for (int i = first + lane; i < last; i += 64) out[i * ldo] = on_grid(widen(x[i * ldx]), big);
 }
 
-// y [rows, columns] from the sums of a product, a row every ld, its pieces `stride` apart; times factor, by RN.
-extern "C" __global__ void finish(const double* sums, i64 rows, i64 columns, i64 ld, i64 stride, int pieces, float factor,
-                                  float* y) {
-  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= rows * columns) return;
-  y[i] = finished(sum_of_pieces(sums + i / columns * ld + i % columns, stride, pieces)) * factor;
+// y [rows, columns] from the sums of a product, a row every ld, its pieces `stride` apart; times factor, by RN. A block
+// takes a row.
+extern "C" __global__ void finish(const double* sums, i64 columns, i64 ld, i64 stride, int pieces, float factor, float* y) {
+  sums += blockIdx.x * ld;
+  y += blockIdx.x * columns;
+  for (i64 i = threadIdx.x; i < columns; i += blockDim.x)
+    y[i] = finished(sum_of_pieces(sums + i, stride, pieces)) * factor;
 }
 
 // The sums of the squares of pieces of PIECE elements: a block a piece. starts [blocks + 1] says where each begins.

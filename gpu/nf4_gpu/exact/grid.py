@@ -47,7 +47,7 @@ def rows(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
     k = x.shape[-1]
     count = x.size // k if k else 0
     if count:
-        lanes = 32 if k <= 512 else 256
+        lanes = 32 if k <= 2048 else 256
         function = _kernel("rows", x, LANES=lanes)
         last = product_bits(k % PIECE or PIECE)
         launch = (x, count, np.int32(k), _ld(x), out, _ld(out), product_bits_of(k), np.int32(last), status())
@@ -67,7 +67,7 @@ def columns(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
         last = product_bits(k % PIECE or PIECE)
         sizes = np.int32(k), np.int32(n), _ld(x), np.int64(k * n), out, _ld(out), np.int64(k * n)
         grid = (-(-n // 8), batch, -(-k // PIECE))
-        function(grid, (256,), (x, *sizes, product_bits_of(k), np.int32(last), status()))
+        function(grid, (512,), (x, *sizes, product_bits_of(k), np.int32(last), status()))
     return out
 
 
@@ -93,11 +93,11 @@ def sums(left: cupy.ndarray, right: cupy.ndarray, space: Space, name: str = "sum
 
 def finish(found: cupy.ndarray, out: cupy.ndarray, factor: float = 1.0) -> cupy.ndarray:
     """The product whose sums [pieces, ...] these are, times factor, into out float32 [...] (NF4-14.3)."""
-    columns_, count = found.shape[-1], out.size
-    if count:
+    n = found.shape[-1]
+    if out.size:
+        head = found, np.int64(n), _ld(found), _stride(found), np.int32(len(found))
         function = _kernel("finish", out, LANES=32)
-        head = (found, np.int64(count // columns_), np.int64(columns_), _ld(found), _stride(found))
-        function((-(-count // 256),), (256,), (*head, np.int32(len(found)), np.float32(factor), out))
+        function((out.size // n,), (64 if n <= 256 else 256,), (*head, np.float32(factor), out))
     return out
 
 

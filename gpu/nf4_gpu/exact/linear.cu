@@ -5,11 +5,13 @@
 
 #define RANKS 16     // of an adapter that a block takes
 #define WARPS 16     // of a block of gradient
-#define TOKENS 128   // of a sequence, at a time: EACH of a warp
+#define TOKENS 128   // of a sequence whose left rows are held at a time: EACH of a warp
 #define EACH 8
+#define TURNS 4      // so many tokens a thread holds of its column: TURNS * EACH
 #define ROW_WARPS 8  // of a block that takes a row a warp
-#define ROWS 8      // of a thread of finish_linear
-#define FACTORS 64  // of a row of left, at a time
+#define ROWS 8       // of a block of finish_linear
+#define COLUMNS 128
+#define FACTORS 64   // of a row of left, at a time
 
 // Sums [rows, r], a row every ld -> z = factor times the product, and z on the grids of its rows. A warp takes a row.
 extern "C" __global__ void low_rank(const double* sums, i64 rows, int r, i64 ld, i64 stride, int pieces, float factor, int bits,
@@ -41,25 +43,35 @@ extern "C" __global__ void transposed(const Element* b, int n, int r, int bits, 
 
 // y [rows, n] = the product of which these are the sums, + bias, + the product of left [rows, r] and right [r, n], both on
 // their grids; add: added to y. bias and left may be null; sums too, for the low-rank product alone. A block takes ROWS
-// rows and 256 columns.
-extern "C" __global__ void __launch_bounds__(256)
+// rows and COLUMNS columns.
+extern "C" __global__ void __launch_bounds__(COLUMNS)
     finish_linear(const double* __restrict__ sums, i64 rows, int n, i64 ld, i64 stride, int pieces,
                   const float* __restrict__ bias, const double* __restrict__ left, const double* __restrict__ right, int r,
                   bool add, float* __restrict__ y) {
   __shared__ __align__(16) double tile[ROWS][FACTORS];
-  int column = blockIdx.x * 256 + threadIdx.x;
+  int column = blockIdx.x * COLUMNS + threadIdx.x;
   i64 first = (i64)blockIdx.y * ROWS;
-  double low[ROWS] = {};
+  bool there = column < n;
+  y += first * n + column;
+  // What comes from memory comes first.
+  double high[ROWS], low[ROWS] = {};
+  float before[ROWS];
+#pragma unroll
+  for (int i = 0; i < ROWS; i++) {
+    bool mine = there && first + i < rows;
+    high[i] = mine && sums ? sum_of_pieces(sums + (first + i) * ld + column, stride, pieces) : 0;
+    before[i] = mine && add ? y[(i64)i * n] : 0.f;
+  }
   if (left)
     for (int k0 = 0; k0 < r; k0 += FACTORS) {
-      int factors = min(FACTORS, r - k0);
+      int factors = min(FACTORS, r - k0), even = factors + factors % 2;
       __syncthreads();
-      for (int i = threadIdx.x; i < ROWS * FACTORS; i += 256) {
-        int row = i / FACTORS, k = i % FACTORS;
+      for (int i = threadIdx.x; i < ROWS * even; i += COLUMNS) {
+        int row = i / even, k = i % even;
         tile[row][k] = k < factors && first + row < rows ? left[(first + row) * r + k0 + k] : 0;
       }
       __syncthreads();
-      if (column < n)
+      if (there)
 #pragma unroll 4
         for (int k = 0; k < factors; k += 2) {  // two at once: of an odd number the last meets a zero
           double one = right[(i64)(k0 + k) * n + column];
@@ -71,20 +83,16 @@ extern "C" __global__ void __launch_bounds__(256)
           }
         }
     }
-  if (column >= n) return;
+  float own = there && bias ? bias[column] : 0.f;
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
-    i64 row = first + i;
-    if (row >= rows) return;
-    float value;
+    float value = finished(low[i]);
     if (sums) {
-      value = finished(sum_of_pieces(sums + row * ld + column, stride, pieces));
-      if (bias) value = value + bias[column];
-      if (left) value = value + finished(low[i]);
-    } else
-      value = finished(low[i]);
-    float* to = y + row * n + column;
-    *to = add ? *to + value : value;
+      float product = finished(high[i]);
+      if (bias) product = product + own;
+      value = left ? product + value : product;
+    }
+    if (there && first + i < rows) y[(i64)i * n] = add ? before[i] + value : value;
   }
 }
 
@@ -106,13 +114,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   left += (i64)start * r;
   right += (i64)start * c + column;
 
+  float x[TURNS][EACH];
+  auto load = [&](int first) {  // of the tokens from first on
+#pragma unroll
+    for (int i = 0; i < TURNS * EACH; i++) {
+      int t = first + i * WARPS + warp;
+      x[i / EACH][i % EACH] = there && t < n ? right[(i64)t * c] : 0.f;
+    }
+  };
   u32 top = 0, own = 0;
+  for (int first = (n - 1) / (TURNS * TOKENS) * (TURNS * TOKENS); first >= 0; first -= TURNS * TOKENS) {
+    load(first);  // the last time those that come first
+#pragma unroll
+    for (int i = 0; i < TURNS * EACH; i++) own = max(own, magnitude(x[i / EACH][i % EACH]));
+  }
   if (rank < r)
 #pragma unroll 8
     for (int t = threadIdx.x / RANKS; t < n; t += WARPS * 32 / RANKS) top = max(top, magnitude(left[(i64)t * r + rank]));
-  if (there)
-#pragma unroll 8
-    for (int t = warp; t < n; t += WARPS) own = max(own, magnitude(right[(i64)t * c]));
   tops[threadIdx.x] = top;
   __syncthreads();
   if (threadIdx.x < RANKS) {
@@ -125,28 +143,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   for (int i = 0; i < WARPS; i++) own = max(own, tops[i * 32 + lane]);
   double big = magic(checked(own, status), bits), sum[RANKS] = {};
 
-  for (int first = 0; first < n; first += TOKENS) {
-    float x[EACH];
+  for (int first = 0; first < n; first += TURNS * TOKENS) {
+    if (first) load(first);
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      int t = first + i * WARPS + warp;
-      x[i] = there && t < n ? right[(i64)t * c] : 0.f;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < TOKENS * RANKS; i += WARPS * 32) {
-      int t = first + i / RANKS, k = i % RANKS;
-      memory[i] = t < n && rank0 + k < r ? on_grid(left[(i64)t * r + rank0 + k], bigs[k]) : 0;
-    }
-    __syncthreads();
+    for (int turn = 0; turn < TURNS; turn++) {
+      int start = first + turn * TOKENS;
+      if (start >= n) break;
+      __syncthreads();
+      for (int i = threadIdx.x; i < TOKENS * RANKS; i += WARPS * 32) {
+        int t = start + i / RANKS, k = i % RANKS;
+        memory[i] = t < n && rank0 + k < r ? on_grid(left[(i64)t * r + rank0 + k], bigs[k]) : 0;
+      }
+      __syncthreads();
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      double wide = on_grid(x[i], big);
-      const double2* factors = (const double2*)(memory + (i * WARPS + warp) * RANKS);
+      for (int i = 0; i < EACH; i++) {
+        double wide = on_grid(x[turn][i], big);
+        const double2* factors = (const double2*)(memory + (i * WARPS + warp) * RANKS);
 #pragma unroll
-      for (int k = 0; k < RANKS / 2; k++) {
-        double2 pair = factors[k];
-        sum[2 * k] = __fma_rn(wide, pair.x, sum[2 * k]);
-        sum[2 * k + 1] = __fma_rn(wide, pair.y, sum[2 * k + 1]);
+        for (int k = 0; k < RANKS / 2; k++) {
+          double2 pair = factors[k];
+          sum[2 * k] = __fma_rn(wide, pair.x, sum[2 * k]);
+          sum[2 * k + 1] = __fma_rn(wide, pair.y, sum[2 * k + 1]);
+        }
       }
     }
   }

@@ -20,7 +20,7 @@ from nf4_gpu.exact.grid import Space, columns, finish, product_bits_of, rows, st
 from nf4_gpu.random import drop
 from nf4_gpu.tensor import dequantize
 
-_ROWS, _RANKS, _WARPS, _ROW_WARPS = 8, 16, 16, 8  # as in linear.cu
+_ROWS, _COLUMNS, _RANKS, _WARPS, _ROW_WARPS = 8, 128, 16, 16, 8  # as in linear.cu
 Gradients = tuple[cupy.ndarray, cupy.ndarray] | tuple[None, None]
 
 
@@ -202,7 +202,7 @@ def _finish(
     arrays = [0 if array is None else array for array in (found, bias, low, factor)]
     head = (arrays[0], np.int64(count), np.int32(n), *strides, pieces)
     tail = (*arrays[1:], np.int32(rank), np.bool_(add), y)
-    function((-(-n // 256), -(-count // _ROWS)), (256,), (*head, *tail))
+    function((-(-n // _COLUMNS), -(-count // _ROWS)), (_COLUMNS,), (*head, *tail))
 
 
 def _gradient(

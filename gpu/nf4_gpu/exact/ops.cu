@@ -33,9 +33,9 @@ extern "C" __global__ void rms_norm(const float* x, const float* weight, int n, 
   for (int i = threadIdx.x; i < n; i += blockDim.x) y[i] = x[i] * r * weight[i];
 }
 
-extern "C" __global__ void rms_scale(const float* x, const float* weight, const float* rstd, int n, i64 size, float* y) {
-  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < size) y[i] = x[i] * rstd[i / n] * weight[i % n];
+extern "C" __global__ void rms_scale(const float* x, const float* weight, const float* rstd, int n, float* y) {
+  i64 at = (i64)blockIdx.x * n;
+  for (int i = threadIdx.x; i < n; i += blockDim.x) y[at + i] = x[at + i] * rstd[blockIdx.x] * weight[i];
 }
 
 // dx over dy.
@@ -50,16 +50,17 @@ extern "C" __global__ void rms_norm_backward(float* dy, const float* x, const fl
 }
 
 // Rows of heads [T, heads, 2 half], in place; sin is negated to go back.
-extern "C" __global__ void rotate(float* x, const float* cos, const float* sin, int heads, int half, i64 size, bool inverse) {
-  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;  // of a pair
-  if (i >= size) return;
-  i64 head = i / half;
-  int pair = (int)(i % half);
-  i64 at = head / heads * half + pair;
-  float* first = x + head * 2 * half + pair;
-  float c = cos[at], s = inverse ? -sin[at] : sin[at], a = first[0], b = first[half];
-  first[0] = a * c - b * s;
-  first[half] = b * c + a * s;
+extern "C" __global__ void rotate(float* x, const float* cos, const float* sin, int heads, int half, bool inverse) {
+  x += (i64)blockIdx.x * heads * 2 * half;
+  cos += (i64)blockIdx.x * half;
+  sin += (i64)blockIdx.x * half;
+  for (int i = threadIdx.x; i < heads * half; i += blockDim.x) {
+    int pair = i % half;
+    float* first = x + i / half * 2 * half + pair;
+    float c = cos[pair], s = inverse ? -sin[pair] : sin[pair], a = first[0], b = first[half];
+    first[0] = a * c - b * s;
+    first[half] = b * c + a * s;
+  }
 }
 
 // z [rows, n] over itself: its softmax (NF4-14.8).

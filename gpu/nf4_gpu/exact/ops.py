@@ -63,7 +63,7 @@ def rms_norm(
 
 def rms_scale(x: cupy.ndarray, weight: cupy.ndarray, rstd: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
     """The output of rms_norm [T, n] once 1 / rms is known, written into out (NF4-14.9)."""
-    _elements("rms_scale", x.size, x, weight, rstd, np.int32(x.shape[1]), np.int64(x.size), out)
+    _rows("rms_scale", x, x, weight, rstd, np.int32(x.shape[1]), out)
     return out
 
 
@@ -79,8 +79,7 @@ def rotate(x: cupy.ndarray, cos: cupy.ndarray, sin: cupy.ndarray, inverse: bool 
     """Rotate x [T, heads * head_dim] in place; cos and sin [T, head_dim / 2] (NF4-14.11)."""
     half = cos.shape[1]
     heads = x.shape[1] // (2 * half)
-    pairs = np.int64(x.size // 2)
-    _elements("rotate", x.size // 2, x, cos, sin, np.int32(heads), np.int32(half), pairs, np.bool_(inverse))
+    _rows("rotate", x, x, cos, sin, np.int32(heads), np.int32(half), np.bool_(inverse))
 
 
 def softmax(scores: cupy.ndarray) -> cupy.ndarray:

@@ -60,7 +60,7 @@ class ExactEngine:
                 for name, lora in model.adapters.items()
             }
             self._model = DeviceLlama(model, adapters)
-            self._pieces, starts = _pieces(params)
+            self._by_count, starts = _pieces(params)
             self._starts = cupy.asarray(starts)
             self._space = grid.Space()
             self.load()
@@ -151,11 +151,10 @@ class ExactEngine:
             grid.check(int(grid.status()[0]))
         except NotFiniteError:
             return math.nan
-        squares = []
-        for name in sorted(self._pieces):
-            pieces = sums[self._pieces[name]]
-            squares.append(float(pieces[0] if len(pieces) == 1 else total(pieces)))
-        return math.sqrt(float(total(np.array(squares))))
+        squares = np.empty(len(self.optimizer.params))
+        for count, (places, pieces) in self._by_count.items():
+            squares[places] = sums[pieces[:, 0]] if count == 1 else total(sums[pieces])
+        return math.sqrt(float(total(squares)))
 
 
 def _views(flat: cupy.ndarray, params: dict[str, NDArray[Any]]) -> dict[str, cupy.ndarray]:
@@ -167,14 +166,23 @@ def _views(flat: cupy.ndarray, params: dict[str, NDArray[Any]]) -> dict[str, cup
     return found
 
 
-def _pieces(params: dict[str, NDArray[Any]]) -> tuple[dict[str, slice], NDArray[np.int64]]:
-    """The pieces of each array among all, by name, and where they begin; the last entry is their end."""
-    found: dict[str, slice] = {}
+def _pieces(
+    params: dict[str, NDArray[Any]],
+) -> tuple[dict[int, tuple[list[int], NDArray[np.int64]]], NDArray[np.int64]]:
+    """The pieces of the arrays among all, and where they begin; the last entry is their end.
+
+    By the number of pieces: the places of such arrays among the sorted names, and [arrays, number].
+    """
+    places = {name: i for i, name in enumerate(sorted(params))}
+    found: dict[int, tuple[list[int], list[range]]] = {}
     starts: list[int] = []
     start = 0
     for name, p in params.items():
         first = len(starts)
         starts += range(start, start + p.size, PIECE)
-        found[name] = slice(first, len(starts))
         start += p.size
-    return found, np.array([*starts, start], np.int64)
+        same = found.setdefault(len(starts) - first, ([], []))
+        same[0].append(places[name])
+        same[1].append(range(first, len(starts)))
+    arrays = {count: (at, np.array(pieces)) for count, (at, pieces) in found.items()}
+    return arrays, np.array([*starts, start], np.int64)
