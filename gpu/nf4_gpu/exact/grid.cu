@@ -1,5 +1,5 @@
 // Operands of products on their grids (NF4-14.2), products from their sums (NF4-14.3), and sums (NF4-14.4).
-// Defines: DTYPE, of an operand; LANES, of a row: 32 or 256.
+// Defines: DTYPE, of an operand; LANES, of a row: 32 or 256; VALUES, of a lane.
 #include "exact/grid.cuh"
 
 // x [rows, k], a row every ldx -> out [rows, k], a row every ldo: each row on its grid, each piece of PIECE columns by
@@ -13,17 +13,26 @@ extern "C" __global__ void rows(const Element* __restrict__ x, i64 rows, int k, 
   out += row * ldo;
   for (int first = 0; first < k; first += PIECE) {
     int last = min(first + PIECE, k);
+    float v[VALUES];  // LANES * VALUES >= the columns of a piece: all are on their way before the first is looked at
     u32 top = 0;
-#pragma unroll 8
-    for (int i = first + lane; i < last; i += LANES) top = max(top, magnitude(widen(x[i])));
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) {
+      int at = first + i * LANES + lane;
+      v[i] = at < last ? widen(x[at]) : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) top = max(top, magnitude(v[i]));
 #if LANES == 32
     for (int lanes = 16; lanes; lanes /= 2) top = max(top, __shfl_xor_sync(~0u, top, lanes));
 #else
     top = block_max(top);
 #endif
     double big = magic(checked(top, status), last == k ? last_bits : bits);
-#pragma unroll 8
-    for (int i = first + lane; i < last; i += LANES) out[i] = on_grid(widen(x[i]), big);
+#pragma unroll
+    for (int i = 0; i < VALUES; i++) {
+      int at = first + i * LANES + lane;
+      if (at < last) out[at] = on_grid(v[i], big);
+    }
   }
 }
 

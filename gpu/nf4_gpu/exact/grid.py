@@ -15,6 +15,7 @@ from nf4_gpu.blas import multiply_float64
 from nf4_gpu.compile import kernel
 
 _SOURCE = "exact/grid.cu"
+_VALUES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32)  # of a lane, in rows
 
 
 class Space(Workspace):
@@ -47,8 +48,10 @@ def rows(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
     k = x.shape[-1]
     count = x.size // k if k else 0
     if count:
-        lanes = 32 if k <= 2048 else 256
-        function = _kernel("rows", x, LANES=lanes)
+        lanes = 32 if k <= 1024 else 256
+        values = -(-min(k, PIECE) // lanes)
+        # A number of values that is a power of two, or near it: few kernels serve all.
+        function = _kernel("rows", x, LANES=lanes, VALUES=next(n for n in _VALUES if n >= values))
         last = product_bits(k % PIECE or PIECE)
         launch = (x, count, np.int32(k), _ld(x), out, _ld(out), product_bits_of(k), np.int32(last), status())
         function((-(-count // (256 // lanes)),), (256,), launch)
@@ -63,7 +66,7 @@ def columns(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
     k, n = x.shape[-2:]
     batch = math.prod(x.shape[:-2])
     if x.size:
-        function = _kernel("columns", x, LANES=32)
+        function = _kernel("columns", x)
         last = product_bits(k % PIECE or PIECE)
         sizes = np.int32(k), np.int32(n), _ld(x), np.int64(k * n), out, _ld(out), np.int64(k * n)
         grid = (-(-n // 8), batch, -(-k // PIECE))
@@ -96,7 +99,7 @@ def finish(found: cupy.ndarray, out: cupy.ndarray, factor: float = 1.0) -> cupy.
     n = found.shape[-1]
     if out.size:
         head = found, np.int64(n), _ld(found), _stride(found), np.int32(len(found))
-        function = _kernel("finish", out, LANES=32)
+        function = _kernel("finish", out)
         function((out.size // n,), (64 if n <= 256 else 256,), (*head, np.float32(factor), out))
     return out
 
@@ -111,19 +114,20 @@ def product(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, space: Space) -
 def add(x: cupy.ndarray, y: cupy.ndarray) -> None:
     """Add y to x, in place, both float32 of one shape (NF4-14.1)."""
     if x.size:
-        _kernel("add", x, LANES=32)((-(-x.size // 256),), (256,), (x, y, np.int64(x.size)))
+        _kernel("add", x)((-(-x.size // 256),), (256,), (x, y, np.int64(x.size)))
 
 
 def squares(x: cupy.ndarray, starts: cupy.ndarray, space: Space) -> cupy.ndarray:
     """The sums of squares of pieces of x float32: float64 [pieces]; starts int64 [pieces + 1] (NF4-14.4)."""
     pieces = starts.size - 1
     found = space.take("squares", (pieces,), np.float64)
-    _kernel("squares", x, LANES=32)((pieces,), (256,), (x, starts, found, status()))
+    _kernel("squares", x)((pieces,), (256,), (x, starts, found, status()))
     return found
 
 
-def _kernel(name: str, x: cupy.ndarray, **defines: int) -> Any:
-    return kernel(runtime.getDevice(), _SOURCE, name, DTYPE=KINDS[x.dtype], **defines)
+def _kernel(name: str, x: cupy.ndarray, LANES: int = 32, VALUES: int = 1) -> Any:
+    defines = {"DTYPE": KINDS[x.dtype], "LANES": LANES, "VALUES": VALUES}
+    return kernel(runtime.getDevice(), _SOURCE, name, **defines)
 
 
 def _ld(x: cupy.ndarray) -> np.int64:

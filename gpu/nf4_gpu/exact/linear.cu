@@ -11,7 +11,7 @@
 #define ROW_WARPS 8  // of a block that takes a row a warp
 #define ROWS 8       // of a block of finish_linear
 #define COLUMNS 128
-#define FACTORS 64   // of a row of left, at a time
+#define FACTORS 16   // of a row of left, at a time
 
 // Sums [rows, r], a row every ld -> z = factor times the product, and z on the grids of its rows. A warp takes a row.
 extern "C" __global__ void low_rank(const double* sums, i64 rows, int r, i64 ld, i64 stride, int pieces, float factor, int bits,
@@ -64,23 +64,21 @@ extern "C" __global__ void __launch_bounds__(COLUMNS)
   }
   if (left)
     for (int k0 = 0; k0 < r; k0 += FACTORS) {
-      int factors = min(FACTORS, r - k0), even = factors + factors % 2;
+      double factors[FACTORS];
+#pragma unroll
+      for (int k = 0; k < FACTORS; k++) factors[k] = there && k0 + k < r ? right[(i64)(k0 + k) * n + column] : 0;
       __syncthreads();
-      for (int i = threadIdx.x; i < ROWS * even; i += COLUMNS) {
-        int row = i / even, k = i % even;
-        tile[row][k] = k < factors && first + row < rows ? left[(first + row) * r + k0 + k] : 0;
+      for (int i = threadIdx.x; i < ROWS * FACTORS; i += COLUMNS) {
+        int row = i / FACTORS, k = i % FACTORS;
+        tile[row][k] = k0 + k < r && first + row < rows ? left[(first + row) * r + k0 + k] : 0;
       }
       __syncthreads();
-      if (there)
-#pragma unroll 4
-        for (int k = 0; k < factors; k += 2) {  // two at once: of an odd number the last meets a zero
-          double one = right[(i64)(k0 + k) * n + column];
-          double two = k + 1 < factors ? right[(i64)(k0 + k + 1) * n + column] : 0;
 #pragma unroll
-          for (int i = 0; i < ROWS; i++) {
-            double2 pair = *(const double2*)&tile[i][k];
-            low[i] = __fma_rn(pair.y, two, __fma_rn(pair.x, one, low[i]));
-          }
+      for (int k = 0; k < FACTORS; k += 2)
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+          double2 pair = *(const double2*)&tile[i][k];
+          low[i] = __fma_rn(pair.y, factors[k + 1], __fma_rn(pair.x, factors[k], low[i]));
         }
     }
   float own = there && bias ? bias[column] : 0.f;

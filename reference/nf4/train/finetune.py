@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -398,7 +398,9 @@ class _Loop:
 
     def _resume(self) -> None:
         saved = snapshot.read_facts(self.checkpoint)[1]
-        snapshot.check_identity(self.checkpoint, _comparable(saved), _comparable(self.identity))
+        exact = bool(saved["options"].get("exact")) and self.options.exact
+        pair = (_comparable(identity, exact) for identity in (saved, self.identity))
+        snapshot.check_identity(self.checkpoint, *pair)
         self.progress = snapshot.restore(self.checkpoint, self.engine.optimizer)
         self.engine.load()
         self.saved_step = self.progress.step
@@ -527,13 +529,12 @@ def _sample_prompt(example: Example) -> list[int]:
 
 def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) -> dict[str, Any]:
     """Return what makes two runs the same one: the options and digests of the weights and the examples."""
-    fields = asdict(options)
-    free = {*_FREE, *(_FREE_IF_EXACT if options.exact else ())}
+    given = asdict(options)
     return {
-        "options": {name: value for name, value in fields.items() if name not in free}
+        "options": {name: value for name, value in given.items() if name not in _FREE}
         | {"targets": list(options.targets)},
         "paths": {
-            name: str(Path(fields[name]).resolve()) if fields[name] else None
+            name: str(Path(given[name]).resolve()) if given[name] else None
             for name in ("model", "data", "eval_data")
         },
         "steps": options.steps,
@@ -543,8 +544,11 @@ def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) ->
     }
 
 
-def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    plain = {f"{_flag(name)}": value for name, value in identity["options"].items()}
+def _comparable(identity: dict[str, Any], exact: bool) -> dict[str, Any]:
+    """What must be the same; options that an older version did not know have their defaults."""
+    known = {f.name: f.default for f in fields(FinetuneOptions) if f.name in ("device", "exact")}
+    options = known | identity["options"]
+    plain = {_flag(name): value for name, value in options.items() if not (exact and name in _FREE_IF_EXACT)}
     return plain | {name: identity[name] for name in ("train", "model", "data")}
 
 
