@@ -44,7 +44,7 @@ extern "C" __global__ void transposed(const Element* b, int n, int r, int bits, 
 // y [rows, n] = the product of which these are the sums, + bias, + the product of left [rows, r] and right [r, n], both on
 // their grids; add: added to y. bias and left may be null; sums too, for the low-rank product alone. A block takes ROWS
 // rows and COLUMNS columns.
-extern "C" __global__ void __launch_bounds__(COLUMNS)
+extern "C" __global__ void __launch_bounds__(COLUMNS, 4)
     finish_linear(const double* __restrict__ sums, i64 rows, int n, i64 ld, i64 stride, int pieces,
                   const float* __restrict__ bias, const double* __restrict__ left, const double* __restrict__ right, int r,
                   bool add, float* __restrict__ y) {
@@ -55,12 +55,10 @@ extern "C" __global__ void __launch_bounds__(COLUMNS)
   y += first * n + column;
   // What comes from memory comes first.
   double high[ROWS], low[ROWS] = {};
-  float before[ROWS];
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
     bool mine = there && first + i < rows;
     high[i] = mine && sums ? sum_of_pieces(sums + (first + i) * ld + column, stride, pieces) : 0;
-    before[i] = mine && add ? y[(i64)i * n] : 0.f;
   }
   if (left)
     for (int k0 = 0; k0 < r; k0 += FACTORS) {
@@ -90,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(COLUMNS)
       if (bias) product = product + own;
       value = left ? product + value : product;
     }
-    if (there && first + i < rows) y[(i64)i * n] = add ? before[i] + value : value;
+    if (there && first + i < rows) y[(i64)i * n] = add ? y[(i64)i * n] + value : value;
   }
 }
 
