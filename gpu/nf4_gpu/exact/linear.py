@@ -20,7 +20,8 @@ from nf4_gpu.exact.grid import Space, columns, finish, product_bits_of, rows, st
 from nf4_gpu.random import drop
 from nf4_gpu.tensor import dequantize
 
-_ROWS, _COLUMNS, _RANKS, _WARPS, _ROW_WARPS = 8, 128, 16, 16, 8  # as in linear.cu
+_ROWS, _COLUMNS, _RANKS, _WARPS, _ROW_WARPS = 32, 128, 16, 16, 8  # of a block, as in linear.cu
+_SHARED = 64 << 10  # bytes, of a block of gradient
 Gradients = tuple[cupy.ndarray, cupy.ndarray] | tuple[None, None]
 
 
@@ -218,12 +219,12 @@ def _gradient(
     if max(lengths) > PIECE:
         _long_gradient(left, right, lengths, out, transposed, space)
         return
-    function = kernel(runtime.getDevice(), "exact/linear.cu", "gradient", DTYPE=0)
+    function = kernel(runtime.getDevice(), "exact/linear.cu", "gradient", _SHARED, DTYPE=0)
     by = (np.int64(1), np.int64(rank)) if transposed else (np.int64(n), np.int64(1))
     following = np.int64(out.strides[0] // 4)
     grid = (-(-n // 32), -(-rank // _RANKS), len(lengths))
     head = (left, right, _starts(runtime.getDevice(), lengths), np.int32(rank), np.int32(n))
-    function(grid, (32 * _WARPS,), (*head, out, following, *by, status()))
+    function(grid, (32 * _WARPS,), (*head, out, following, *by, status()), shared_mem=_SHARED)
 
 
 def _long_gradient(
