@@ -14,14 +14,14 @@
 #define FACTORS 16   // of a row of left, at a time
 
 // Sums [rows, r], a row every ld -> z = factor times the product, and z on the grids of its rows. A warp takes a row.
-extern "C" __global__ void low_rank(const double* sums, i64 rows, int r, i64 ld, i64 stride, int pieces, float factor, int bits,
-                                    float* z, double* gridded, int* status) {
+extern "C" __global__ void low_rank(const double* sums, i64 rows, int r, i64 ld, float factor, int bits, float* z,
+                                    double* gridded, int* status) {
   i64 row = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   if (row >= rows) return;
   u32 top = 0;
   for (int i = lane; i < r; i += 32) {
-    float value = finished(sum_of_pieces(sums + row * ld + i, stride, pieces)) * factor;
+    float value = finished(sums[row * ld + i]) * factor;
     z[row * r + i] = value;
     top = max(top, magnitude(value));
   }
@@ -45,9 +45,9 @@ extern "C" __global__ void transposed(const Element* b, int n, int r, int bits, 
 // their grids; add: added to y. bias and left may be null; sums too, for the low-rank product alone. A block takes GROUPS
 // times ROWS rows and COLUMNS columns.
 extern "C" __global__ void __launch_bounds__(COLUMNS)
-    finish_linear(const double* __restrict__ sums, i64 rows, int n, i64 ld, i64 stride, int pieces,
-                  const float* __restrict__ bias, const double* __restrict__ left, const double* __restrict__ right, int r,
-                  bool add, float* __restrict__ y) {
+    finish_linear(const double* __restrict__ sums, i64 rows, int n, i64 ld, const float* __restrict__ bias,
+                  const double* __restrict__ left, const double* __restrict__ right, int r, bool add,
+                  float* __restrict__ y) {
   __shared__ __align__(16) double tile[ROWS][FACTORS];
   int column = blockIdx.x * COLUMNS + threadIdx.x;
   bool there = column < n;
@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(COLUMNS)
     double high[ROWS], low[ROWS] = {};
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
-      high[i] = there && first + i < rows && sums ? sum_of_pieces(sums + (first + i) * ld + column, stride, pieces) : 0;
+      high[i] = there && first + i < rows && sums ? __ldcs(sums + (first + i) * ld + column) : 0;
     for (int k0 = 0; left && k0 < r; k0 += FACTORS) {
       __syncthreads();
       for (int i = threadIdx.x; i < ROWS * FACTORS; i += COLUMNS) {
