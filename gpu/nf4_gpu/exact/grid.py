@@ -80,7 +80,7 @@ def product_bits_of(k: int) -> np.int32:
 
 
 def sums(left: cupy.ndarray, right: cupy.ndarray, space: Space, name: str = "sums") -> cupy.ndarray:
-    """The sums of left [..., M, K] times right [..., K, N], on their grids: float64 [..., M, N] (NF4-14.3)."""
+    """The sums of left [..., M, K] times right [..., K, N], on grids: float64 [..., M, N] (NF4-14.3)."""
     k = left.shape[-1]
     pieces = max(1, -(-k // PIECE))
     out = space.take(name, (pieces, *left.shape[:-1], right.shape[-1]), np.float64)

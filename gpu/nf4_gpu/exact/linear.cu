@@ -5,7 +5,11 @@
 
 #define RANKS 16     // of an adapter that a block takes
 #define WARPS 16     // of a block of gradient
-#define EACH 32      // tokens of a warp that are held at a time
+#if __CUDA_ARCH__ >= 900
+#define EACH 32      // tokens of a warp that are held at a time, in registers
+#else
+#define EACH 16
+#endif
 #define TOKENS (WARPS * EACH)
 #define ROW_WARPS 8  // of a block that takes a row a warp
 #define ROWS 8       // of a block of finish_linear
