@@ -145,6 +145,19 @@ def _few_rows(x: cupy.ndarray, rows: int, q: QuantizedTensor, y: cupy.ndarray) -
     function((groups, splits), 256, (*head, *scales))
 
 
+def matmul_plain(x: cupy.ndarray, q: QuantizedTensor, y: cupy.ndarray) -> None:
+    """Launch y = x W^T by the kernel that follows the clause word by word, for the tests.
+
+    x is float16 or bfloat16 [rows, in], the absmax of q not nested.
+    """
+    device = runtime.getDevice()
+    outputs, inputs = q.shape
+    defines = {"DTYPE": KINDS[x.dtype], "BLOCK": q.block_size, "TILES": 1}
+    function = launcher(device, "product.cu", "multiply_plain", **defines)
+    head = (x, len(x), inputs, q.codes, outputs, tables(device, q.codebook).values, y, q.absmax)
+    function((-(-y.size // 128), 1), 128, head)
+
+
 def _many_rows(x: cupy.ndarray, q: QuantizedTensor, y: cupy.ndarray, transposed: bool) -> None:
     """Decode W into this stream's reused memory, and multiply by cuBLAS: y = x W, or x W^T if transposed.
 

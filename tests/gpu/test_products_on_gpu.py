@@ -14,7 +14,7 @@ from nf4.codebooks import CODEBOOKS, Codebook
 from nf4.errors import InputError
 from nf4.floats import DTYPES, narrow
 from nf4.nested import NestedAbsmax
-from nf4_gpu.product import matmul, matmul_transposed
+from nf4_gpu.product import matmul, matmul_plain, matmul_transposed
 from nf4_gpu.tensor import quantize, to_device
 from numpy.typing import NDArray
 
@@ -91,7 +91,12 @@ def test_integers_multiply_exactly(dtype: str, data: st.DataObject) -> None:
     q = nf4.QuantizedTensor(codes, absmax, (outputs, inputs), DTYPES[dtype], size, INTEGERS)
     x = generator.integers(-3, 4, (rows, inputs)).astype(DTYPES[dtype])
     exact = x.astype(np.float64) @ nf4.dequantize(q, np.float32).astype(np.float64).T
-    y = matmul(cupy.asarray(x), to_device(q))
+    moved = to_device(q)
+    y = matmul(cupy.asarray(x), moved)
+    if not isinstance(absmax, NestedAbsmax):
+        plain = cupy.empty_like(y)
+        matmul_plain(cupy.asarray(x), moved, plain)
+        assert same_bits(y, plain)
     assert same_bits(y, narrow(exact.astype(np.float32), DTYPES[dtype]))
 
 
