@@ -25,7 +25,7 @@ BLOCK_SIZE = 64
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 PEER_PACKAGES = ("torch", "bitsandbytes")
 _SMALL, _API_CALLS = (256, 256), 200
-_REPLAYED = 1 << 30  # elements of weights that a replay goes through at least
+_REPLAYED = 1 << 32  # elements of weights that a replay goes through at least
 
 Calls = Sequence[Callable[[], object]]
 """One operation on one set of buffers each."""
@@ -189,7 +189,7 @@ def _call_seconds(call: Callable[[], object]) -> float:
 def _measure_shape(shape: tuple[int, int], sides: Mapping[str, Side], rounds: int, l2: int) -> dict[str, Any]:
     n = math.prod(shape)
     # So many that even the codes alone are three times what the cache holds, and gone through so often that
-    # the start of a graph is no part of a call.
+    # the start of a graph, and what the copy left in the cache, is no part of a call.
     sets = max(3, -(-3 * l2 // (n // 2)))
     turns = -(-_REPLAYED // (n * sets))
     weights = [

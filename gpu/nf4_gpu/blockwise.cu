@@ -11,7 +11,8 @@
 
 // ---- encode -------------------------------------------------------------------------------------------------------
 
-// A thread holds 32 bytes of neighbours: what is done once a block, or a lane's part in it, is shared by more of them.
+// A thread holds 32 bytes of neighbours: what is done once a block, or a lane's part in it, is shared by more of them. Of
+// 8192 x 28672 bfloat16 that takes 206 us on an H100, with 54 % of the issue slots, where 16 bytes took 216, with 83 %.
 #if DTYPE == FLOAT32
 #define OCTETS 1
 #else

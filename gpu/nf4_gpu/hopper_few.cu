@@ -6,6 +6,16 @@
 // a step each in turn, and each has a ring of its own that the copy engine fills: no barrier holds them together. The
 // tensor cores take 16 rows of W by 16 columns; which columns those are is free, as long as x is read alike, so a lane has
 // neighbouring bytes of a row. The sums of a chunk, in float32, are multiplied by its absmax.
+//
+// What each step brought, in us for one row, double-quantized 8192 x 28672, on an H100 (2026-11-26; its codes read once
+// by a kernel that does no more take 39.5):
+//   product.cu: columns split over thread blocks, a second pass adds up          53.3
+//   whole rows in a thread block; codes to registers, an address in one PRMT     58.2
+//   lines of 128 bytes asked for at once                                         52.2
+//   the copy engine fills a ring of each warp, x a step ahead                    51.0
+//   the L2 cache drops codes first                                               46.9
+//   two stages a warp in place of four                                           45.3
+//   it begins while the one before ends                                          44.2
 #include "hopper.cuh"
 
 #define WARPS 8
