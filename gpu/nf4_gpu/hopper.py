@@ -13,7 +13,7 @@ from nf4_gpu.arrays import KINDS, address, scratch
 from nf4_gpu.codebooks import tables
 from nf4_gpu.compile import capability, processors
 from nf4_gpu.launch import Call, TensorMap, launcher
-from nf4_gpu.tensor import SETTLED, calls_of
+from nf4_gpu.tensor import kept
 
 ROWS = 64  # of x at most
 _HOPPER = 90
@@ -71,7 +71,8 @@ def multiply(x: cupy.ndarray, rows: int, q: QuantizedTensor, y: cupy.ndarray) ->
     """Launch y [rows, out] = x [rows, in] W^T if these kernels take it; return whether they do."""
     if rows > ROWS or address(x) % 16:
         return False
-    calls = calls_of(q)
+    found = kept(q)
+    calls, settled = found.calls, found.settled
     key = ("hopper", get_ident(), runtime.getDevice(), rows, x.dtype)
     call = calls.get(key)
     if call is None:
@@ -80,10 +81,10 @@ def multiply(x: cupy.ndarray, rows: int, q: QuantizedTensor, y: cupy.ndarray) ->
         call = calls[key] = _few(x, rows, q, y) if _are_few(rows, q) else _many(x, rows, q, y)
     # Before the kernel in front of it has ended, a product only reads W, which products don't write. Whatever
     # wrote W must have ended: so the first product with it on a stream waits.
-    settled: set[int] = vars(q).setdefault(SETTLED, set())
-    stream = cupy.cuda.get_current_stream().ptr
-    overlapping = stream in settled
-    settled.add(stream)
+    stream = cupy.cuda.get_current_stream()
+    overlapping = stream.ptr in settled
+    if not overlapping and not stream.is_capturing():  # what is captured waits for nothing yet
+        settled.add(stream.ptr)
     source = address(x)
     if not _are_few(rows, q):
         arranged = scratch.take("arranged", _most_rows(rows) * q.shape[1], cupy.uint16)
@@ -139,7 +140,7 @@ def _many(x: cupy.ndarray, rows: int, q: QuantizedTensor, y: cupy.ndarray) -> Ca
     arrange = launcher(device, "hopper_many.cu", "arrange", **defines)
     warps = many.n * inputs // _CHUNK
     key = ("hopper", get_ident(), device, rows, x.dtype, "arrange")
-    calls_of(q)[key] = arrange.prepare((warps // 8, 1), 256, (x, rows, inputs, 0))
+    kept(q).calls[key] = arrange.prepare((warps // 8, 1), 256, (x, rows, inputs, 0))
     function = launcher(device, "hopper_many.cu", "many" + name, many.shared_bytes(), **defines)
     threads = 128 * many.along_rows * many.along_columns + 32
     grid = (-(-outputs // (64 * many.along_rows)), many.splits)
@@ -190,7 +191,7 @@ def _most_rows(rows: int) -> int:
 
 def _tensor_map(q: QuantizedTensor, box_rows: int) -> TensorMap:
     """The map of q's codes, kept with q."""
-    maps: dict[int, TensorMap] = vars(q).setdefault("_tensor_maps", {})
+    maps = kept(q).maps
     if box_rows not in maps:
         outputs, inputs = q.shape
         maps[box_rows] = TensorMap(address(q.codes), outputs, inputs // 2, box_rows)

@@ -104,7 +104,21 @@ class Call:
 
 
 Calls = dict[tuple[Any, ...], Call]
-"""Calls that a tensor keeps, by everything that makes them differ; the thread is part of it."""
+"""By everything that makes them differ; the thread is part of it."""
+
+
+class Kept:
+    """What a tensor keeps for its next operation, since its arrays don't change. A copy of it starts anew."""
+
+    def __init__(self) -> None:
+        self.calls: Calls = {}
+        self.maps: dict[int, TensorMap] = {}
+        """The map of the codes, by rows of a box."""
+        self.settled: set[int] = set()
+        """The streams on which a product has waited for the tensor to be written."""
+
+    def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
+        return Kept, ()
 
 
 class Launcher:

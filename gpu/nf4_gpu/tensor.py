@@ -20,10 +20,9 @@ from numpy.typing import DTypeLike, NDArray
 from nf4_gpu.arrays import check_output, on_device, scratch
 from nf4_gpu.blockwise import decode, encode
 from nf4_gpu.codebooks import dynamic_map
-from nf4_gpu.launch import Calls
+from nf4_gpu.launch import Kept
 from nf4_gpu.nested import decode_nested, empty_nested, encode_nested, take_bins
 
-SETTLED = "_settled"  # attribute of a tensor: the streams on which a product has waited for it to be written
 _thread = threading.local()
 
 
@@ -52,8 +51,8 @@ def quantize(
         out = _empty(x.shape, x.dtype, block_size, book, double_quant)
     else:
         _check_like(out, x, block_size, book, double_quant)
-        calls = calls_of(out)
-        vars(out).pop(SETTLED, None)
+        calls = kept(out).calls
+        kept(out).settled.clear()
     waiting = check and not cupy.cuda.get_current_stream().is_capturing()
     refused, not_finite, would_overflow = _refusals() if waiting else (None, 0, 0)
     if isinstance(out.absmax, NestedAbsmax):
@@ -88,7 +87,7 @@ def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None, out: Any = No
     check_dtype(kind)
     check_tensor(q)
     out = cupy.empty(q.shape, kind) if out is None else check_output(out, (q.shape, (q.size,)), kind)
-    decode(q.codes, q.absmax, q.block_size, q.codebook, out, calls_of(q))
+    decode(q.codes, q.absmax, q.block_size, q.codebook, out, kept(q).calls)
     return out
 
 
@@ -160,10 +159,12 @@ def check_tensor(q: QuantizedTensor) -> None:
     vars(q)["_checked_on"] = device
 
 
-def calls_of(q: QuantizedTensor) -> Calls:
-    """Return the calls that q keeps: its arrays don't change."""
-    calls: Calls = vars(q).setdefault("_calls", {})
-    return calls
+def kept(q: QuantizedTensor) -> Kept:
+    """Return what q keeps."""
+    found: Kept | None = vars(q).get("_kept")
+    if found is None:
+        found = vars(q)["_kept"] = Kept()
+    return found
 
 
 def _nested(move: Callable[[Any], Any], absmax: NestedAbsmax, offset: Any, table: Any) -> NestedAbsmax:

@@ -1,5 +1,7 @@
 """Products with a quantized weight: within the bound of NF4-4.3, the same each run, exact where possible."""
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from nf4.errors import InputError
 from nf4.floats import DTYPES, narrow
 from nf4.nested import NestedAbsmax
 from nf4_gpu.product import matmul, matmul_plain, matmul_transposed
-from nf4_gpu.tensor import quantize, to_device
+from nf4_gpu.tensor import quantize, to_device, to_host
 from numpy.typing import NDArray
 
 pytestmark = pytest.mark.usefixtures("gpu")
@@ -139,8 +141,9 @@ def test_a_graph_replays_what_the_call_does(dtype: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 12, 40])
-def test_a_product_that_overlaps_others_sees_their_results(rows: int) -> None:
-    """Each x is the product before; W is written anew in between, and x by a copy."""
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_product_that_overlaps_others_sees_their_results(rows: int, anew: bool) -> None:
+    """Each x is the product before; W may be written anew in between, and x is once by a copy."""
     generator = np.random.default_rng(rows)
     w = [cupy.asarray(generator.standard_normal((1024, 1024), dtype=np.float32) / 32) for _ in range(3)]
     q = quantize(w[0], double_quant=True)
@@ -149,7 +152,7 @@ def test_a_product_that_overlaps_others_sees_their_results(rows: int) -> None:
 
     def run(wait: bool) -> None:
         for i in range(1, 10):
-            if i % 3 == 1:
+            if anew and i % 3 == 1:
                 quantize(w[i // 3], double_quant=True, out=q, check=False)
             if wait:
                 cupy.cuda.Device().synchronize()
@@ -189,6 +192,16 @@ def test_more_rows_of_a_small_weight_go_through_cublas(monkeypatch: pytest.Monke
     monkeypatch.setattr("nf4_gpu.product.SMALL", q.size + 1)
     monkeypatch.setattr("nf4_gpu.product._few_rows", None)
     check_bound(matmul(cupy.asarray(x), to_device(q)), x, decoded(q, "bfloat16").T, 64)
+
+
+def test_a_copy_of_a_tensor_keeps_nothing_of_its_products() -> None:
+    q = quantize(cupy.asarray(np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32)))
+    x = cupy.ones((3, 256), np.float16)
+    y = matmul(x, q)
+    for again in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        again.codes[...] = again.codes[::-1]
+        assert same_bits(matmul(x, again), matmul(x, to_device(to_host(again))))
+    assert same_bits(matmul(x, q), y)
 
 
 def test_leading_dimensions_are_rows() -> None:
