@@ -27,6 +27,8 @@ OPTIONS = (
     "-default-device",
     "--ptxas-options=--verbose",  # registers, shared memory and spills, in the log
 )
+OF_ONE_ARCHITECTURE = frozenset(("hopper_many.cu",))
+"""Sources with instructions that no other architecture has: compiled for sm_90a."""
 OLDEST = 75
 _SHARED_BY_DEFAULT = 48 << 10
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
@@ -40,10 +42,12 @@ def compile_kernels(
     kind: "sm", or "compute" for PTX. Needs no GPU. Raises RuntimeError with the log where it is refused.
     """
     text = (ROOM / source).read_text("utf-8")
-    headers = sorted(ROOM.glob("*.cuh"))
-    options = (*OPTIONS, f"--gpu-architecture={kind}_{arch}", *(f"-D{k}={v}" for k, v in defines.items()))
+    headers = sorted(ROOM.rglob("*.cuh"))
+    own = "a" if source in OF_ONE_ARCHITECTURE else ""
+    given = (f"--gpu-architecture={kind}_{arch}{own}", *(f"-D{k}={v}" for k, v in defines.items()))
+    options = (*OPTIONS, *given)
     program = nvrtc.createProgram(
-        text, source, tuple(h.read_bytes() for h in headers), tuple(h.name.encode() for h in headers)
+        text, source, tuple(h.read_bytes() for h in headers), tuple(_name(h) for h in headers)
     )
     try:
         nvrtc.compileProgram(program, options)
@@ -53,6 +57,11 @@ def compile_kernels(
         raise RuntimeError(f"{source} for sm_{arch}: {error}\n{nvrtc.getProgramLog(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
+
+
+def _name(header: Path) -> bytes:
+    """What a source of any room includes it by."""
+    return header.relative_to(ROOM).as_posix().encode()
 
 
 @cache
@@ -90,9 +99,9 @@ def cache_directory() -> Path:
 
 def _cached(source: str, arch: int, defines: Mapping[str, int]) -> bytes:
     key = hashlib.sha256(repr((nvrtc.getVersion(), OPTIONS, arch, sorted(defines.items()))).encode())
-    for path in [ROOM / source, *sorted(ROOM.glob("*.cuh"))]:
+    for path in [ROOM / source, *sorted(ROOM.rglob("*.cuh"))]:
         key.update(path.read_bytes())
-    file = cache_directory() / f"{source.removesuffix('.cu')}-{key.hexdigest()[:32]}.cubin"
+    file = cache_directory() / f"{Path(source).stem}-{key.hexdigest()[:32]}.cubin"
     try:
         return file.read_bytes()
     except OSError:

@@ -1,6 +1,7 @@
 """The LoRA adapter, and the linear layer that adds it to a frozen, quantized weight."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,8 @@ def init_lora(
 class Workspace:
     """Scratch memory that one call reuses from layer to layer; a thread has its own."""
 
+    _empty: Callable[..., Any] = staticmethod(np.empty)
+
     def __init__(self) -> None:
         self._arrays: dict[tuple[str, np.dtype[Any]], Array] = {}
 
@@ -72,8 +75,12 @@ class Workspace:
         key = (name, np.dtype(dtype))
         flat = self._arrays.get(key)
         if flat is None or flat.size < size:
-            flat = self._arrays[key] = np.empty(size, dtype)
+            flat = self._arrays[key] = self._empty(size, dtype)
         return flat[:size].reshape(shape)
+
+    def new(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
+        """An uninitialised array that nothing overwrites."""
+        return np.empty(shape, dtype)
 
     def weight(self, weight: "Array | QuantizedTensor", dtype: np.dtype[Any]) -> Array:
         """The weight as an array of the compute dtype: itself if it is one, else in the reused buffer.

@@ -1,5 +1,6 @@
 """The exact linear layer: near float64, sequence by sequence, several layers on one input, refusals."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -51,6 +52,30 @@ def forward(module: LoRALinear, x: Float32, dropout: Dropout | None) -> tuple[Fl
     return y, cache
 
 
+def backward(
+    modules: Sequence[LoRALinear],
+    douts: Sequence[Float32],
+    caches: Sequence[linear.LinearCache],
+    x: Float32,
+    drop: Dropout | None,
+    lengths: tuple[int, ...],
+    need_dx: bool = True,
+) -> tuple[Float32 | None, list[tuple[Float32, Float32] | None]]:
+    """dx, and dA and dB of the layers that have an adapter."""
+    found = [
+        None
+        if m.lora is None
+        else (
+            np.empty((len(lengths), *m.lora.A.shape), np.float32),
+            np.empty((len(lengths), *m.lora.B.shape), np.float32),
+        )
+        for m in modules
+    ]
+    outs = [(None, None) if pair is None else pair for pair in found]
+    dx = linear.backward(modules, douts, caches, x, drop, lengths, Workspace(), outs, need_dx)
+    return dx, found
+
+
 def near(found: Array, true: Array, bound: float = 2.0**-18) -> bool:
     return bool(np.abs(found - true).max(initial=0) <= bound * np.abs(true).max(initial=0))
 
@@ -74,7 +99,7 @@ def test_forward_and_backward_are_near_float64(
     true, true_cache = wide(module).forward(x.astype(np.float64), drop)
     # The terms are as large as sum |x| |w|; what is left of them may be small.
     assert near(y, true, 2.0**-18 * max(1.0, np.abs(x).max() * into / np.abs(true).max()))
-    dx, (found,) = linear.backward([module], [dout], [cache], x, drop, drop.lengths, Workspace())
+    dx, (found,) = backward([module], [dout], [cache], x, drop, drop.lengths)
     true_dx, true_a, true_b = wide(module).backward(dout.astype(np.float64), true_cache)
     assert dx is not None
     assert near(dx, true_dx, 2.0**-15)  # type: ignore[arg-type]
@@ -93,7 +118,7 @@ def test_a_sequence_alone_has_the_same_bits() -> None:
     x, dout = numbers("x", 44, 50), numbers("dout", 44, 30)
     whole = Dropout(1, lengths, samples)
     y, cache = forward(module, x, whole)
-    dx, (found,) = linear.backward([module], [dout], [cache], x, whole, lengths, Workspace())
+    dx, (found,) = backward([module], [dout], [cache], x, whole, lengths)
     assert found is not None
     assert dx is not None
     start = 0
@@ -102,9 +127,7 @@ def test_a_sequence_alone_has_the_same_bits() -> None:
         one = Dropout(1, (n,), (samples[i],))
         own, own_cache = forward(module, x[rows], one)
         assert (own == y[rows]).all()
-        own_dx, (gradients,) = linear.backward(
-            [module], [dout[rows]], [own_cache], x[rows], one, (n,), Workspace()
-        )
+        own_dx, (gradients,) = backward([module], [dout[rows]], [own_cache], x[rows], one, (n,))
         assert (own_dx == dx[rows]).all()
         assert gradients is not None
         assert all((a[0] == b[i]).all() for a, b in zip(gradients, found, strict=True))
@@ -119,12 +142,12 @@ def test_layers_that_share_their_input() -> None:
     douts = [numbers(f"dout{i}", 9, m.weight.shape[0]) for i, m in enumerate(modules)]
     outs = [np.empty_like(d) for d in douts]
     caches = linear.forward(modules, x, drop, outs, Workspace())
-    dx, gradients = linear.backward(modules, douts, caches, x, drop, lengths, Workspace())
+    dx, gradients = backward(modules, douts, caches, x, drop, lengths)
     total = np.zeros((0, 0), np.float32)
     for i, module in enumerate(modules):
         y, cache = forward(module, x, drop)
         assert (y == outs[i]).all()
-        one, (own,) = linear.backward([module], [douts[i]], [cache], x, drop, lengths, Workspace())
+        one, (own,) = backward([module], [douts[i]], [cache], x, drop, lengths)
         assert one is not None
         total = one if not i else total + one
         found = gradients[i]
@@ -141,12 +164,12 @@ def test_what_is_not_needed_is_not_computed() -> None:
     outs = [np.empty((5, 20), np.float32), np.empty((5, 7), np.float32)]
     caches = linear.forward(modules, x, None, outs, Workspace())
     douts = [numbers("dout", 5, 20), np.full((5, 7), np.inf, np.float32)]
-    dx, found = linear.backward(modules, douts, caches, x, None, (5,), Workspace(), need_dx=False)
+    dx, found = backward(modules, douts, caches, x, None, (5,), need_dx=False)
     assert dx is None
     assert found[0] is not None
     assert found[1] is None
     with pytest.raises(InputError, match="NaN or an infinity"):
-        linear.backward(modules, douts, caches, x, None, (5,), Workspace())
+        backward(modules, douts, caches, x, None, (5,))
 
 
 def test_projection_is_that_of_the_forward_pass() -> None:
@@ -184,7 +207,7 @@ def test_what_drops_out_is_zero_even_if_it_was_infinite() -> None:
     cache = linear.project(module, x, None, drop, Workspace())
     dout = np.ones((2, 3), np.float32)
     with np.errstate(over="ignore"):
-        dx, _ = linear.backward([module], [dout], [cache], x, drop, (2,), Workspace())
+        dx, _ = backward([module], [dout], [cache], x, drop, (2,))
     kept = np.unpackbits(drop.mask(module.lora, 40), count=80).reshape(2, 40)
     assert dx is not None
     assert np.isinf(dx[kept == 1]).all()

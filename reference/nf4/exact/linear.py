@@ -24,8 +24,8 @@ class LinearCache:
     bits: NDArray[np.uint8] | None
 
 
-Gradients = tuple[Float32, Float32]
-"""Of an adapter, by sequence: dA [sequences, rank, in] and dB [sequences, out, rank]."""
+Gradients = tuple[Float32, Float32] | tuple[None, None]
+"""Memory for those of an adapter, by sequence: dA [sequences, rank, in] and dB [sequences, out, rank]."""
 
 
 def forward(
@@ -71,7 +71,7 @@ def project(
         bits = dropout.mask(lora, x.shape[1])
         kept = dropout.apply(bits, x, space.take("kept", x.shape, np.float32))
     z = product(kept, _factor(lora.A).T, space=space)  # [T, r]
-    z *= _scale(lora, bits)
+    z *= scale(lora, bits is not None)
     return LinearCache(z, bits)
 
 
@@ -83,74 +83,76 @@ def backward(
     dropout: Dropout | None,
     lengths: tuple[int, ...],
     space: Workspace,
+    outs: Sequence[Gradients],
     need_dx: bool = True,
-) -> tuple[Float32 | None, list[Gradients | None]]:
-    """dout [T, out] of each layer -> the sum of their dx [T, in] (None unless need_dx), dA and dB (NF4-15.1).
+) -> Float32 | None:
+    """dout [T, out] of each layer -> the sum of their dx [T, in], None unless need_dx (NF4-15.1).
 
-    Raises InputError where an element is not finite.
+    dA and dB are written into outs, of the layers that have an adapter. Raises InputError where an element is
+    not finite.
     """
     dx: Float32 | None = None
-    gradients: list[Gradients | None] = []
-    for layer, dout, cache in zip(layers, douts, caches, strict=True):
-        if layer.lora is None and not need_dx:
-            gradients.append(None)
+    for layer, dout, cache, (dA, dB) in zip(layers, douts, caches, outs, strict=True):
+        if dA is None and not need_dx:
             continue
         left = rows(dout, space.take("gradient", dout.shape, np.float64))
         part: Float32 | None = None
         if need_dx:
             weight = space.weight(layer.weight, _FLOAT32)
             right = columns(weight, space.take("weight", weight.shape, np.float64))
-            part = np.empty_like(x) if dx is None else space.take("dx", x.shape, np.float32)
+            part = space.new(x.shape, np.float32) if dx is None else space.take("dx", x.shape, np.float32)
             product(left, right, part, space)
-        gradients.append(_low_rank(layer.lora, dout, left, cache, x, part, dropout, lengths, space))
+        if layer.lora is not None and dA is not None and dB is not None and cache.z is not None:
+            dz = product(left, _factor(layer.lora.B), space=space)  # [T, r]
+            dz *= scale(layer.lora, cache.bits is not None)
+            _gradients(dout, dz, cache, x, dropout, lengths, space, dA, dB)
+            if part is not None:
+                _add_low_rank(layer.lora, dz, cache, part, dropout, space)
         if part is not None:
             if dx is None:
                 dx = part
             else:
                 dx += part
-    return dx, gradients
+    return dx
 
 
-def _low_rank(
-    lora: LoRA | None,
+def _gradients(
     dout: Float32,
-    left: Gridded,
+    dz: Float32,
     cache: LinearCache,
     x: Float32,
-    dx: Float32 | None,
     dropout: Dropout | None,
     lengths: tuple[int, ...],
     space: Workspace,
-) -> Gradients | None:
-    """The gradients of an adapter; its part of the input's gradient is added to dx."""
-    if lora is None or cache.z is None:
-        return None
-    dz = product(left, _factor(lora.B), space=space)  # [T, r]
-    dz *= _scale(lora, cache.bits)
+    dA: Float32,
+    dB: Float32,
+) -> None:
     kept = x
     if cache.bits is not None and dropout is not None:
         kept = dropout.apply(cache.bits, x, space.take("kept", x.shape, np.float32))
-    dA = np.empty((len(lengths), dz.shape[1], x.shape[1]), np.float32)
-    dB = np.empty((len(lengths), dout.shape[1], dz.shape[1]), np.float32)
     start = 0
     for i, n in enumerate(lengths):
         sequence = slice(start, start + n)
         product(dz[sequence].T, kept[sequence], dA[i], space)
+        assert cache.z is not None
         product(dout[sequence].T, cache.z[sequence], dB[i], space)
         start += n
-    if dx is not None:
-        part = product(dz, _factor(lora.A), space.take("low rank", x.shape, np.float32), space)
-        if cache.bits is not None and dropout is not None:
-            dropout.apply(cache.bits, part, part)
-        dx += part
-    return dA, dB
+
+
+def _add_low_rank(
+    lora: LoRA, dz: Float32, cache: LinearCache, dx: Float32, dropout: Dropout | None, space: Workspace
+) -> None:
+    part = product(dz, _factor(lora.A), space.take("low rank", dx.shape, np.float32), space)
+    if cache.bits is not None and dropout is not None:
+        dropout.apply(cache.bits, part, part)
+    dx += part
 
 
 def _factor(factor: NDArray[Any]) -> Float32:
     return factor.astype(np.float32, copy=False)
 
 
-def _scale(lora: LoRA, bits: NDArray[np.uint8] | None) -> np.float32:
-    """c of NF4-15.1: the adapter's scale over the probability of being kept."""
-    keep = 1.0 if bits is None else 65536 / (65536 - drop_threshold(lora.dropout))
+def scale(lora: LoRA, drops: bool) -> np.float32:
+    """c of NF4-15.1: the adapter's scale, over the probability of being kept where a mask drops."""
+    keep = 65536 / (65536 - drop_threshold(lora.dropout)) if drops else 1.0
     return np.float32(lora.scale * keep)

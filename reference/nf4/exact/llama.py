@@ -1,6 +1,6 @@
 """The Llama family in the exact tier: losses and adapters' gradients whose bits no machine can change."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4.exact import linear, ops
-from nf4.exact.attention import attend, attend_backward
-from nf4.exact.grid import columns, product, rows
+from nf4.exact import attention, linear, ops
+from nf4.exact.head import Inputs, head, inputs_of
 from nf4.exact.linear import LinearCache
 from nf4.exact.tables import rotation
 from nf4.lora import Dropout, Workspace
 from nf4.model.llama import EMBEDDING, FINAL_NORM, HEAD, TARGETS, Batch, Llama
-from nf4.model.ops import HEAD_ELEMENTS, IGNORED
 
 Float32 = NDArray[np.float32]
 Trace = Callable[[str, NDArray[Any]], None]
@@ -59,8 +57,37 @@ class _Call:
             self.trace(f"{prefix}{name}", array)
 
 
-def _silent(name: str, array: NDArray[Any]) -> None:
+def silent(name: str, array: NDArray[Any]) -> None:
     """Look at nothing."""
+
+
+def embed(table: NDArray[Any], ids: NDArray[np.int32]) -> Float32:
+    """The rows of the tokens, widened: float32 [T, hidden]."""
+    rows: Float32 = table[ids].astype(np.float32, copy=False)
+    return rows
+
+
+def gradients(params: Mapping[str, NDArray[Any]], sequences: int) -> dict[str, Float32]:
+    """Memory for the gradients of params by sequence: float32 [sequences, ...] by name."""
+    return {name: np.empty((sequences, *p.shape), np.float32) for name, p in params.items()}
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What a model computes with: the modules of this package, or those that mirror them on a device."""
+
+    ops: Any
+    linear: Any
+    attention: Any
+    inputs_of: Callable[[Batch], Any]
+    embed: Callable[..., Any]
+    head: Callable[..., Any]
+    gradients: Callable[..., Any]
+    rotation: Callable[..., Any]
+    workspace: Callable[[], Any]
+
+
+HOST = Rooms(ops, linear, attention, inputs_of, embed, head, gradients, rotation, Workspace)
 
 
 class ExactLlama:
@@ -69,99 +96,90 @@ class ExactLlama:
     Sequences are independent of one another: how they are packed into batches can't be seen in any result.
     """
 
-    def __init__(self, model: Llama) -> None:
-        self.model, self.config = model, model.config
+    def __init__(self, model: Llama, rooms: Rooms = HOST) -> None:
+        self.model, self.config, self._rooms = model, model.config, rooms
         self._spaces: list[Workspace] = []  # not in use; a step's memory serves the next
 
     def losses(self, batch: Batch) -> Float32:
         """The loss of every row, float32 [T], +0 where there is no target; nothing is dropped (NF4-15.5)."""
-        with self._call(batch, None, _silent) as call:
-            x = self._embed(batch)
+        with self._call(batch, None, silent) as call:
+            inputs = self._rooms.inputs_of(batch)
+            x = self._embed(inputs)
             for index in range(self.config.num_hidden_layers):
                 x, _ = self._forward(index, x, call, keep=False)
-            return self._head(x, batch, None, call)[0]
+            return self._head(x, inputs, None, call)[0]
 
     def losses_and_gradients(
-        self, batch: Batch, *, scale: float, checkpointing: bool, seed: int, trace: Trace = _silent
+        self, batch: Batch, *, scale: float, checkpointing: bool, seed: int, trace: Trace = silent
     ) -> tuple[Float32, dict[str, Float32]]:
-        """The loss of every row [T], each sequence's gradient of scale times their sum (NF4-15.4, NF4-15.5).
+        """The losses of rows [T], and each sequence's gradient of scale times their sum (NF4-15.4, NF4-15.5).
 
         The gradients are [sequences, ...] by the names of Llama.trainable. checkpointing: keep only each
         layer's input and compute the rest again in backward, to the same bits. seed keys the dropout. Raises
         InputError where something on the way is not finite.
         """
         with self._call(batch, Dropout(seed, batch.lengths, batch.samples), trace) as call:
-            bottom, count = self.model.lowest_adapted, self.config.num_hidden_layers
-            x = self._embed(batch)
-            call.show(x=x)
-            inputs: list[Float32] = []
-            kept: list[_Kept] = []
-            for index in range(count):
-                if index >= bottom and checkpointing:
-                    inputs.append(x)
-                x, activations = self._forward(index, x, call, keep=index >= bottom and not checkpointing)
-                if activations is not None:
-                    kept.append(activations)
-            losses, dx = self._head(x, batch, scale, call)
-            assert dx is not None
-            gradients: dict[str, Float32] = {}
-            for index in reversed(range(bottom, count)):
-                if checkpointing:
-                    _, activations = self._forward(index, inputs.pop(), call, keep=True, need_y=False)
-                else:
-                    activations = kept.pop()
-                assert activations is not None
-                self._backward(index, dx, activations, call, gradients, index == bottom)
-            return losses, {name: gradients[name] for name in self.model.trainable("lora")}
+            return self._losses_and_gradients(self._rooms.inputs_of(batch), scale, checkpointing, call)
+
+    def _losses_and_gradients(
+        self, inputs: Inputs, scale: float, checkpointing: bool, call: _Call
+    ) -> tuple[Float32, dict[str, Float32]]:
+        bottom, count = self.model.lowest_adapted, self.config.num_hidden_layers
+        x = self._embed(inputs)
+        call.show(x=x)
+        kept_inputs: list[Float32] = []
+        kept: list[_Kept] = []
+        for index in range(count):
+            if index >= bottom and checkpointing:
+                kept_inputs.append(x)
+            x, activations = self._forward(index, x, call, keep=index >= bottom and not checkpointing)
+            if activations is not None:
+                kept.append(activations)
+        losses, dx = self._head(x, inputs, scale, call)
+        assert dx is not None
+        gradients: dict[str, Float32] = self._rooms.gradients(self.model.trainable("lora"), len(call.lengths))
+        for index in reversed(range(bottom, count)):
+            if checkpointing:
+                _, activations = self._forward(index, kept_inputs.pop(), call, keep=True, need_y=False)
+            else:
+                activations = kept.pop()
+            assert activations is not None
+            self._backward(index, dx, activations, call, gradients, index == bottom)
+        return losses, gradients
 
     @contextmanager
     def _call(self, batch: Batch, dropout: Dropout | None, trace: Trace) -> Iterator[_Call]:
         self.model.check_batch(batch.ids, batch.targets, batch.lengths)
-        cos, sin = rotation(self.config, batch.lengths)
+        cos, sin = self._rooms.rotation(self.config, batch.lengths)
         try:
             space = self._spaces.pop()
         except IndexError:
-            space = Workspace()
+            space = self._rooms.workspace()
         call = _Call(space, batch.lengths, cos, sin, dropout, trace)
         call.show(cos=cos, sin=sin)
         yield call
         self._spaces.append(space)
 
-    def _embed(self, batch: Batch) -> Float32:
-        rows: Float32 = self.model.vector(EMBEDDING)[batch.ids].astype(np.float32, copy=False)
+    def _embed(self, inputs: Inputs) -> Float32:
+        rows: Float32 = self._rooms.embed(self.model.vector(EMBEDDING), inputs.ids)
         return rows
 
     def _head(
-        self, x: Float32, batch: Batch, scale: float | None, call: _Call
+        self, x: Float32, inputs: Inputs, scale: float | None, call: _Call
     ) -> tuple[Float32, Float32 | None]:
-        """The losses [T] of the last layer's output x [T, hidden], and its gradient unless scale is None."""
-        space, name = call.space, EMBEDDING if self.config.tie_word_embeddings else HEAD
-        norm = self.model.vector(FINAL_NORM)
-        learned = np.flatnonzero(batch.targets != IGNORED)
-        losses = np.zeros(len(x), np.float32)
-        dx = None if scale is None else np.zeros_like(x)
-        step = max(1, HEAD_ELEMENTS // self.config.vocab_size)
-        for start in range(0, len(learned), step):
-            at = learned[start : start + step]
-            part = x[at]
-            y, rstd = ops.rms_norm(part, norm, self.config.rms_norm_eps)
-            weight = space.weight(self.model.params[name], np.dtype(np.float32))  # [vocabulary, hidden]
-            wide = space.take("weight", weight.shape, np.float64)
-            logits = space.take("logits", (len(at), len(weight)), np.float32)
-            product(y, rows(weight, wide).mT, logits, space)
-            call.show(normed=y, logits=logits)
-            losses[at] = ops.cross_entropy(logits, batch.targets[at], scale)
-            if dx is not None:
-                dy = product(logits, columns(weight, wide), space=space)
-                call.show(dlogits=logits, dnormed=dy)
-                dx[at] = ops.rms_norm_backward(dy, part, norm, rstd)
-        return losses, dx
+        name = EMBEDDING if self.config.tie_word_embeddings else HEAD
+        norm, eps = self.model.vector(FINAL_NORM), self.config.rms_norm_eps
+        found: tuple[Float32, Float32 | None] = self._rooms.head(
+            x, norm, eps, self.model.params[name], inputs, scale, call.space, call.trace
+        )
+        return found
 
     def _forward(
         self, index: int, x: Float32, call: _Call, keep: bool, need_y: bool = True
     ) -> tuple[Float32, _Kept | None]:
         """One layer: x [T, hidden] -> its output (or x unless need_y), and if `keep`, what backward needs."""
-        config, space, layer = self.config, call.space, self.model.layers[index]
+        config, space, rooms = self.config, call.space, self._rooms
+        layer = self.model.layers[index]
         lora: dict[str, LinearCache] = {}
         own = str(index) if keep and need_y else ""
 
@@ -171,7 +189,7 @@ class ExactLlama:
                 space.take(name, (len(shared), module.weight.shape[0]), np.float32)
                 for name, module in zip(names, modules, strict=True)
             ]
-            found = linear.forward(modules, shared, call.dropout, outs, space)
+            found = rooms.linear.forward(modules, shared, call.dropout, outs, space)
             lora.update(zip(targets, found, strict=True))
             return outs
 
@@ -180,39 +198,41 @@ class ExactLlama:
                 call.show(f"{index}.", **arrays)
 
         normed = space.take("normed", x.shape, np.float32)
-        _, rstd = ops.rms_norm(x, layer.input_norm, config.rms_norm_eps, normed)
+        _, rstd = rooms.ops.rms_norm(x, layer.input_norm, config.rms_norm_eps, normed)
         q, k, v = linears(TARGETS[:3], normed, tuple(f"{c}{own}" for c in "qkv"))
         show(normed1=normed, q=q, k=k, v=v)
         raw: dict[str, tuple[Float32, Float32]] = {}
         if layer.q_norm is not None and layer.k_norm is not None:
             by_head = (-1, config.head_dim)
-            normed_q, q_rstd = ops.rms_norm(q.reshape(by_head), layer.q_norm, config.rms_norm_eps)
-            normed_k, k_rstd = ops.rms_norm(k.reshape(by_head), layer.k_norm, config.rms_norm_eps)
+            normed_q, q_rstd = rooms.ops.rms_norm(q.reshape(by_head), layer.q_norm, config.rms_norm_eps)
+            normed_k, k_rstd = rooms.ops.rms_norm(k.reshape(by_head), layer.k_norm, config.rms_norm_eps)
             raw = {"q": (q.reshape(by_head), q_rstd), "k": (k.reshape(by_head), k_rstd)}
             q, k = normed_q.reshape(q.shape), normed_k.reshape(k.shape)
             show(q_normed=q, k_normed=k)
-        ops.rotate(q, call.cos, call.sin)
-        ops.rotate(k, call.cos, call.sin)
+        rooms.ops.rotate(q, call.cos, call.sin)
+        rooms.ops.rotate(k, call.cos, call.sin)
         show(q_turned=q, k_turned=k)
         mixed = space.take(f"mixed{own}", q.shape, np.float32)
-        attend(q, k, v, call.lengths, self.model.heads, layer.window, space, mixed)
+        rooms.attention.attend(q, k, v, call.lengths, self.model.heads, layer.window, space, mixed)
         (middle,) = linears(("o_proj",), mixed, (f"middle{own}",))
-        middle += x
+        rooms.ops.add(middle, x)
         show(mixed=mixed, middle=middle)
 
-        _, middle_rstd = ops.rms_norm(middle, layer.post_norm, config.rms_norm_eps, normed)
+        _, middle_rstd = rooms.ops.rms_norm(middle, layer.post_norm, config.rms_norm_eps, normed)
         gate, up = linears(("gate_proj", "up_proj"), normed, (f"gate{own}", f"up{own}"))
-        act = ops.swiglu(gate, up, space.take("act", gate.shape, np.float32))
+        act = rooms.ops.swiglu(gate, up, space.take("act", gate.shape, np.float32))
         show(normed2=normed, gate=gate, up=up, act=act)
         y = x
         if need_y:
-            y = np.empty_like(x)
+            y = space.new(x.shape, np.float32)
             down = layer.linears["down_proj"]
-            (lora["down_proj"],) = linear.forward([down], act, call.dropout, [y], space)
-            y += middle
+            (lora["down_proj"],) = rooms.linear.forward([down], act, call.dropout, [y], space)
+            rooms.ops.add(y, middle)
             show(y=y)
         else:
-            lora["down_proj"] = linear.project(layer.linears["down_proj"], act, None, call.dropout, space)
+            lora["down_proj"] = rooms.linear.project(
+                layer.linears["down_proj"], act, None, call.dropout, space
+            )
         if not keep:
             return y, None
         return y, _Kept(x, rstd, q, k, v, raw, mixed, middle, middle_rstd, gate, up, lora)
@@ -230,20 +250,25 @@ class ExactLlama:
 
         is_bottom: nothing below has anything to train, so what only serves the input's gradient is left out.
         """
-        config, space, layer = self.config, call.space, self.model.layers[index]
+        config, space, rooms = self.config, call.space, self._rooms
+        layer = self.model.layers[index]
 
         def linears(
             targets: tuple[str, ...], douts: tuple[Float32, ...], shared: Float32, need_dx: bool = True
         ) -> Float32 | None:
             modules = [layer.linears[target] for target in targets]
-            caches = [kept.lora[target] for target in targets]
-            dx, found = linear.backward(
-                modules, douts, caches, shared, call.dropout, call.lengths, space, need_dx
+            names = [layer.names(target) for target in targets]
+            dx: Float32 | None = rooms.linear.backward(
+                modules,
+                douts,
+                [kept.lora[target] for target in targets],
+                shared,
+                call.dropout,
+                call.lengths,
+                space,
+                [tuple(gradients.get(f"{name}.lora_{side}.weight") for side in "AB") for name in names],
+                need_dx,
             )
-            for target, gradient in zip(targets, found, strict=True):
-                if gradient is not None:
-                    name = layer.names(target)
-                    gradients[f"{name}.lora_A.weight"], gradients[f"{name}.lora_B.weight"] = gradient
             return dx
 
         def show(**arrays: Float32) -> None:
@@ -251,41 +276,47 @@ class ExactLlama:
 
         show(dy=dy)
         attention_trains = not is_bottom or layer.adapted(TARGETS[:4])
-        act = ops.swiglu(kept.gate, kept.up, space.take("act", kept.gate.shape, np.float32))
+        act = rooms.ops.swiglu(kept.gate, kept.up, space.take("act", kept.gate.shape, np.float32))
         dact = linears(
             ("down_proj",), (dy,), act, attention_trains or layer.adapted(("gate_proj", "up_proj"))
         )
         if dact is None:
             return
-        ops.swiglu_backward(dact, kept.gate, kept.up)  # kept.gate and kept.up now hold their gradients
+        rooms.ops.swiglu_backward(dact, kept.gate, kept.up)  # kept.gate and kept.up now hold their gradients
         show(dact=dact, dgate=kept.gate, dup=kept.up)
         normed = space.take("normed", dy.shape, np.float32)
-        ops.rms_scale(kept.middle, layer.post_norm, kept.middle_rstd, normed)
+        rooms.ops.rms_scale(kept.middle, layer.post_norm, kept.middle_rstd, normed)
         dnormed = linears(("gate_proj", "up_proj"), (kept.gate, kept.up), normed, attention_trains)
         if dnormed is None:
             return
         show(dnormed2=dnormed)
-        dy += ops.rms_norm_backward(dnormed, kept.middle, layer.post_norm, kept.middle_rstd)
+        rooms.ops.rms_norm_backward(dnormed, kept.middle, layer.post_norm, kept.middle_rstd)
+        rooms.ops.add(dy, dnormed)
         show(dmiddle=dy)
 
         dmixed = linears(("o_proj",), (dy,), kept.mixed, not is_bottom or layer.adapted(TARGETS[:3]))
         if dmixed is None:
             return
-        dq, dk, dv = attend_backward(
+        dq, dk, dv = rooms.attention.attend_backward(
             dmixed, kept.q, kept.k, kept.v, call.lengths, self.model.heads, layer.window, space
         )
         show(dmixed=dmixed, dq_turned=dq, dk_turned=dk, dv=dv)
-        ops.rotate(dq, call.cos, call.sin, inverse=True)
-        ops.rotate(dk, call.cos, call.sin, inverse=True)
+        rooms.ops.rotate(dq, call.cos, call.sin, inverse=True)
+        rooms.ops.rotate(dk, call.cos, call.sin, inverse=True)
         if layer.q_norm is not None and layer.k_norm is not None:
             show(dq_normed=dq, dk_normed=dk)
             by_head = (-1, config.head_dim)
-            dq = ops.rms_norm_backward(dq.reshape(by_head), kept.raw["q"][0], layer.q_norm, kept.raw["q"][1])
-            dk = ops.rms_norm_backward(dk.reshape(by_head), kept.raw["k"][0], layer.k_norm, kept.raw["k"][1])
+            dq = rooms.ops.rms_norm_backward(
+                dq.reshape(by_head), kept.raw["q"][0], layer.q_norm, kept.raw["q"][1]
+            )
+            dk = rooms.ops.rms_norm_backward(
+                dk.reshape(by_head), kept.raw["k"][0], layer.k_norm, kept.raw["k"][1]
+            )
             dq, dk = dq.reshape(kept.q.shape), dk.reshape(kept.k.shape)
         show(dq=dq, dk=dk)
-        ops.rms_scale(kept.x, layer.input_norm, kept.rstd, normed)
+        rooms.ops.rms_scale(kept.x, layer.input_norm, kept.rstd, normed)
         dnormed = linears(TARGETS[:3], (dq, dk, dv), normed, not is_bottom)
         if dnormed is not None:
             show(dnormed1=dnormed)
-            dy += ops.rms_norm_backward(dnormed, kept.x, layer.input_norm, kept.rstd)
+            rooms.ops.rms_norm_backward(dnormed, kept.x, layer.input_norm, kept.rstd)
+            rooms.ops.add(dy, dnormed)

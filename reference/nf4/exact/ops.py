@@ -22,6 +22,12 @@ _CACHED = 1 << 16  # elements of the rows that a thread takes at a time
 _ONE = np.float32(1)
 
 
+def add(x: Float32, y: Float32) -> None:
+    """Add y to x, in place, both float32 of one shape (NF4-14.1)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        x += y
+
+
 def swiglu(gate: Float32, up: Float32, out: Float32) -> Float32:
     """silu(gate) * up (NF4-14.7), each float32 [T, n], written into out."""
 

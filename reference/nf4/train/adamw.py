@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import ml_dtypes
@@ -16,6 +17,19 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CHUNK = (
     1 << 16
 )  # elements: parameter, gradient, two states and two temporaries of a chunk stay in the L2 cache
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The factors of one update, worked out in float64 and rounded once (NF4-10.3)."""
+
+    rest1: np.float32  # 1 - beta1
+    beta2: np.float32
+    rest2: np.float32  # 1 - beta2
+    root: np.float32
+    eps: np.float32
+    step: np.float32
+    decay: np.float32  # of arrays of two or more dimensions
 
 
 class AdamW:
@@ -64,17 +78,29 @@ class AdamW:
 
         Raises InputError unless lr is finite and at least 0 (NF4-10.2).
         """
+        scalars = self.advance(lr)
+        for name, p in self.params.items():
+            self._update(p, grads[name], self.m[name], self.v[name], scalars)
+
+    def advance(self, lr: float) -> "Scalars":
+        """Count an update with the rate lr; return what it multiplies by. NF4-10.3
+
+        Raises InputError unless lr is finite and at least 0 (NF4-10.2).
+        """
         if not 0 <= lr < math.inf:
             raise InputError(f"the learning rate is {lr}; it must be finite and at least 0")
         beta1, beta2 = self.betas
         self.steps += 1
         self._powers = (self._powers[0] * beta1, self._powers[1] * beta2)
-        # Binary64 scalars, each rounded to float32 once: NF4-10.3
-        step_size = np.float32(lr / (1.0 - self._powers[0]))
-        root = np.float32(math.sqrt(1.0 - self._powers[1]))
-        for name, p in self.params.items():
-            decay = np.float32(1.0 - lr * self.weight_decay) if p.ndim >= 2 else np.float32(1.0)
-            self._update(p, grads[name], self.m[name], self.v[name], decay, step_size, root)
+        return Scalars(
+            rest1=np.float32(1.0 - beta1),
+            beta2=np.float32(beta2),
+            rest2=np.float32(1.0 - beta2),
+            root=np.float32(math.sqrt(1.0 - self._powers[1])),
+            eps=np.float32(self.eps),
+            step=np.float32(lr / (1.0 - self._powers[0])),
+            decay=np.float32(1.0 - lr * self.weight_decay),
+        )
 
     def _update(
         self,
@@ -82,12 +108,9 @@ class AdamW:
         g: NDArray[Any],
         m: NDArray[np.float32],
         v: NDArray[np.float32],
-        decay: np.float32,
-        step_size: np.float32,
-        root: np.float32,
+        scalars: "Scalars",
     ) -> None:
-        rest1, beta2 = np.float32(1.0 - self.betas[0]), np.float32(self.betas[1])
-        rest2, eps = np.float32(1.0 - self.betas[1]), np.float32(self.eps)
+        decay = scalars.decay if p.ndim >= 2 else np.float32(1.0)
         flat_p, flat_m, flat_v = p.reshape(-1), m.reshape(-1), v.reshape(-1)  # views: all are C-contiguous
         flat_g = np.ascontiguousarray(g).reshape(-1)
 
@@ -97,17 +120,17 @@ class AdamW:
             m_, v_ = flat_m[part], flat_v[part]
             p32 = flat_p[part].astype(np.float32, copy=False)  # the parameter itself if it is float32
             t = np.subtract(g32, m_)
-            t *= rest1
+            t *= scalars.rest1
             m_ += t  # m + (1 - beta1)·(g - m)
             np.multiply(g32, g32, out=t)
-            t *= rest2
-            v_ *= beta2
+            t *= scalars.rest2
+            v_ *= scalars.beta2
             v_ += t  # beta2·v + (1 - beta2)·(g·g)
             np.sqrt(v_, out=t)
-            t /= root
-            t += eps
+            t /= scalars.root
+            t += scalars.eps
             np.divide(m_, t, out=t)
-            t *= step_size
+            t *= scalars.step
             p32 *= decay
             p32 -= t
             if flat_p.dtype == _BFLOAT16:
@@ -129,16 +152,24 @@ def gradient_norm(grads: Mapping[str, NDArray[Any]]) -> float:
 def clip_grad_norm(grads: Mapping[str, NDArray[Any]], max_norm: float) -> float:
     """Scale the gradients in place so that their norm is at most max_norm; return the norm before. NF4-10.7
 
-    The factor is max_norm/(norm + 1e-6), as in PyTorch, and is applied where it is below 1; a max_norm of 0
-    clips nothing. A norm that is not finite leaves the gradients as they are. Raises InputError unless
-    max_norm is at least 0.
+    A norm that is not finite leaves the gradients as they are. Raises InputError for a max_norm below 0.
+    """
+    norm = gradient_norm(grads)
+    factor = clip_factor(norm, max_norm)
+    if factor < 1.0:
+        for g in grads.values():
+            np.multiply(g, g.dtype.type(factor), out=g)
+    return norm
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """Return what gradients of a norm are multiplied by: 1, or max_norm/(norm + 1e-6) below it. NF4-10.7
+
+    A max_norm of 0 clips nothing, nor is anything clipped where the norm is not finite. Raises InputError
+    unless max_norm is at least 0.
     """
     if not max_norm >= 0:
         raise InputError(f"max_norm is {max_norm}; it must be at least 0")
-    norm = gradient_norm(grads)
-    if max_norm > 0 and math.isfinite(norm):
-        factor = max_norm / (norm + 1e-6)
-        if factor < 1.0:
-            for g in grads.values():
-                np.multiply(g, g.dtype.type(factor), out=g)
-    return norm
+    if max_norm == 0 or not math.isfinite(norm):
+        return 1.0
+    return min(1.0, max_norm / (norm + 1e-6))

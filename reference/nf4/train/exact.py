@@ -1,7 +1,8 @@
 """The engine of the exact tier on this machine's processor: no bit depends on threads, BLAS or batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from nf4.errors import InputError
 from nf4.exact.grid import NotFiniteError
 from nf4.exact.llama import ExactLlama
-from nf4.exact.ops import mean_loss
+from nf4.exact.ops import add, mean_loss
 from nf4.model.llama import Batch, Llama
 from nf4.train.adamw import AdamW, clip_grad_norm
 from nf4.train.data import IGNORE, Example
@@ -26,24 +27,26 @@ class PairwiseSum:
     and so on for both: whoever has a run of neighbours can sum it alone. At most log2 G arrays are held.
     """
 
-    def __init__(self) -> None:
-        self._sums: list[tuple[int, Float32]] = []  # of 2^level neighbours each, falling
+    def __init__(self, add: Callable[[Any, Any], None] = add) -> None:
+        """add: adds its second argument to its first, in place."""
+        self._add = add
+        self._sums: list[tuple[int, Any]] = []  # of 2^level neighbours each, falling
 
-    def add(self, array: Float32) -> None:
+    def add(self, array: Any) -> None:
         """Add the next array, which is then this sum's own."""
         level = 0
         while self._sums and self._sums[-1][0] == level:
             _, before = self._sums.pop()
-            before += array
+            self._add(before, array)
             array, level = before, level + 1
         self._sums.append((level, array))
 
-    def total(self) -> Float32:
+    def total(self) -> Any:
         """The sum of what was added, at least one array; nothing may be added after."""
         _, last = self._sums.pop()
         while self._sums:
             _, before = self._sums.pop()
-            before += last
+            self._add(before, last)
             last = before
         return last
 
@@ -73,7 +76,7 @@ class ExactEngine:
             loss, grads = self.gradients(micro_batches)
         except NotFiniteError:
             return Update(math.nan, math.nan, 0)
-        update = Update(loss, clip_grad_norm(grads, self._max_grad_norm), _tokens(micro_batches))
+        update = Update(loss, clip_grad_norm(grads, self._max_grad_norm), count_tokens(micro_batches))
         if update.finite:
             self.optimizer.step(grads, rate)
         return update
@@ -83,9 +86,7 @@ class ExactEngine:
 
         Raises InputError where no token of the step is a target, NotFiniteError where it diverged.
         """
-        targets = sum(_targets(examples) for examples, _ in micro_batches)
-        if not targets:
-            raise InputError("the step has no target token: every target is -100; leave such sequences out")
+        targets = count_targets([e for examples, _ in micro_batches for e in examples])
         sums: dict[str, PairwiseSum] = {name: PairwiseSum() for name in self.optimizer.params}
 
         def work(batch: Batch) -> tuple[Float32, dict[str, Float32]]:
@@ -116,7 +117,7 @@ class ExactEngine:
                 cut = _cut(rows, [part[i] for i in members])
                 for i, own in zip(members, cut, strict=True):
                     losses[start + i] = own
-        return mean_loss(np.concatenate(losses), _targets(examples))
+        return mean_loss(np.concatenate(losses), count_targets(examples))
 
     def load(self) -> None:
         """Nothing to do: the optimizer's arrays are the model's own."""
@@ -133,9 +134,14 @@ def _cut(rows: Float32, examples: Sequence[Example]) -> list[Float32]:
     return np.split(rows, np.cumsum([len(example) for example in examples])[:-1])
 
 
-def _targets(examples: Sequence[Example]) -> int:
-    return sum(int((example.targets != IGNORE).sum()) for example in examples)
+def count_targets(examples: Sequence[Example]) -> int:
+    """The target tokens of a step. Raises InputError where there is none (NF4-10.9)."""
+    targets = sum(int((example.targets != IGNORE).sum()) for example in examples)
+    if not targets:
+        raise InputError("the step has no target token: every target is -100; leave such sequences out")
+    return targets
 
 
-def _tokens(micro_batches: Sequence[MicroBatch]) -> int:
+def count_tokens(micro_batches: Sequence[MicroBatch]) -> int:
+    """The positions that a step takes."""
     return sum(len(example) for examples, _ in micro_batches for example in examples)

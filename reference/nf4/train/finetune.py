@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,6 +36,8 @@ from nf4.train.log import NAME as LOG
 from nf4.train.log import PICTURE, TrainingLog, draw
 from nf4.train.schedule import SCHEDULES, learning_rate
 
+DEVICES = ("cpu", "cuda")
+
 BEST = "best"
 """The folder, in the output directory, of the result with the lowest held-out loss."""
 
@@ -46,7 +48,7 @@ _SAMPLE_CHARACTERS = 200
 _SAMPLE_SECONDS = 10.0  # a large model says less
 # What may change when a run resumes; and what may, too, where no bit of an exact run depends on it.
 _FREE = ("model", "data", "eval_data", "out", "steps", "save_every", "resume")
-_FREE_IF_EXACT = ("checkpointing", "threads")
+_FREE_IF_EXACT = ("checkpointing", "device", "threads")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class FinetuneOptions:
     seed: int = 0
     threads: int | None = None
     exact: bool = False
+    device: str = "cpu"
     eval_every: int = 50
     eval_sequences: int = 64
     save_every: int | None = None
@@ -105,7 +108,7 @@ class FinetuneOptions:
         if self.seed >= 1 << 64:
             raise InputError(f"--seed {self.seed}: it must be below 2^64")
         choices: dict[str, Any] = {
-            "codebook": CODEBOOKS, "schedule": SCHEDULES, "adapter_dtype": ADAPTER_DTYPES
+            "codebook": CODEBOOKS, "schedule": SCHEDULES, "adapter_dtype": ADAPTER_DTYPES, "device": DEVICES
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -395,7 +398,9 @@ class _Loop:
 
     def _resume(self) -> None:
         saved = snapshot.read_facts(self.checkpoint)[1]
-        snapshot.check_identity(self.checkpoint, _comparable(saved), _comparable(self.identity))
+        exact = bool(saved["options"].get("exact")) and self.options.exact
+        pair = (_comparable(identity, exact) for identity in (saved, self.identity))
+        snapshot.check_identity(self.checkpoint, *pair)
         self.progress = snapshot.restore(self.checkpoint, self.engine.optimizer)
         self.engine.load()
         self.saved_step = self.progress.step
@@ -496,6 +501,20 @@ def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptio
         "seed": options.seed,
         "threads": options.threads or parallel.worker_threads(),
     }
+    if options.device == "cuda":
+        if not options.exact:
+            raise InputError(
+                "--device cuda: it trains with --exact only; leave --device away, or add --exact"
+            )
+        try:
+            from nf4_gpu.arrays import require_gpu
+
+            require_gpu()
+        except ImportError as error:
+            raise InputError(f"--device cuda: {error}") from error
+        from nf4_gpu.train.exact import ExactEngine as ExactEngineOnDevice
+
+        return ExactEngineOnDevice(model, **settings)
     if options.exact:
         return ExactEngine(model, **settings)
     return FastEngine(model, train, **settings)
@@ -510,13 +529,12 @@ def _sample_prompt(example: Example) -> list[int]:
 
 def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) -> dict[str, Any]:
     """Return what makes two runs the same one: the options and digests of the weights and the examples."""
-    fields = asdict(options)
-    free = {*_FREE, *(_FREE_IF_EXACT if options.exact else ())}
+    given = asdict(options)
     return {
-        "options": {name: value for name, value in fields.items() if name not in free}
+        "options": {name: value for name, value in given.items() if name not in _FREE}
         | {"targets": list(options.targets)},
         "paths": {
-            name: str(Path(fields[name]).resolve()) if fields[name] else None
+            name: str(Path(given[name]).resolve()) if given[name] else None
             for name in ("model", "data", "eval_data")
         },
         "steps": options.steps,
@@ -526,8 +544,11 @@ def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) ->
     }
 
 
-def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    plain = {f"{_flag(name)}": value for name, value in identity["options"].items()}
+def _comparable(identity: dict[str, Any], exact: bool) -> dict[str, Any]:
+    """What must be the same; options that an older version did not know have their defaults."""
+    known = {f.name: f.default for f in fields(FinetuneOptions) if f.name in ("device", "exact")}
+    options = known | identity["options"]
+    plain = {_flag(name): value for name, value in options.items() if not (exact and name in _FREE_IF_EXACT)}
     return plain | {name: identity[name] for name in ("train", "model", "data")}
 
 

@@ -46,11 +46,14 @@ def exact_linear_backward(x: Float32, dout: Float32, **layer: Any) -> Outputs:
     module, dropout = linear_layer(**layer)
     rows, space = token_rows(x, layer["shape"][1], dropout), Workspace()
     douts = token_rows(dout, layer["shape"][0], dropout)
+    dA, dB = (
+        np.empty((len(dropout.lengths), *sizes), np.float32)
+        for sizes in ((layer["rank"], layer["shape"][1]), (layer["shape"][0], layer["rank"]))
+    )
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         cache = linear.project(module, rows, None, dropout, space)
-        dx, (found,) = linear.backward([module], [douts], [cache], rows, dropout, dropout.lengths, space)
-    assert found is not None
-    return {"dx": dx, "dA": found[0], "dB": found[1]}
+        dx = linear.backward([module], [douts], [cache], rows, dropout, dropout.lengths, space, [(dA, dB)])
+    return {"dx": dx, "dA": dA, "dB": dB}
 
 
 def exact_attention(

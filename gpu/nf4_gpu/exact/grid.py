@@ -1,0 +1,135 @@
+"""Products and sums on the device, to the bits of nf4.exact.grid: launches of grid.cu, products by cuBLAS."""
+
+import math
+from typing import Any
+
+import cupy
+import numpy as np
+from cupy.cuda import runtime
+from nf4.exact.grid import PIECE, NotFiniteError, product_bits
+from nf4.lora import Workspace
+from numpy.typing import DTypeLike
+
+from nf4_gpu.arrays import KINDS, scratch
+from nf4_gpu.blas import multiply_float64
+from nf4_gpu.compile import kernel
+
+_SOURCE = "exact/grid.cu"
+_VALUES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32)  # of a lane, in rows
+
+
+class Space(Workspace):
+    """Device memory that one call reuses from layer to layer."""
+
+    _empty = staticmethod(cupy.empty)
+
+    def new(self, shape: tuple[int, ...], dtype: DTypeLike) -> cupy.ndarray:
+        """An uninitialised array that nothing overwrites."""
+        return cupy.empty(shape, dtype)
+
+
+def status() -> cupy.ndarray:
+    """Whether something was not finite where it must be: int32 [1] of this thread and stream, 0 at first."""
+    return scratch.take("exact", 1, cupy.int32, zeroed=True)
+
+
+def check(found: int) -> None:
+    """Reset the status, of which this was read; raise NotFiniteError unless it was 0."""
+    if found:
+        status().fill(0)
+        raise NotFiniteError("an operand of an exact sum or product has a NaN or an infinity (NF4-14.1)")
+
+
+def rows(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
+    """Put each row of x [..., K] on its grid, into out, float64 of that shape (NF4-14.2).
+
+    x is float32, float16 or bfloat16. Both are contiguous, or matrices whose rows are.
+    """
+    k = x.shape[-1]
+    count = x.size // k if k else 0
+    if count:
+        lanes = 32 if k <= 1024 else 256
+        values = -(-min(k, PIECE) // lanes)
+        # A number of values that is a power of two, or near it: few kernels serve all.
+        function = _kernel("rows", x, LANES=lanes, VALUES=next(n for n in _VALUES if n >= values))
+        last = product_bits(k % PIECE or PIECE)
+        launch = (x, count, np.int32(k), _ld(x), out, _ld(out), product_bits_of(k), np.int32(last), status())
+        function((-(-count // (256 // lanes)),), (256,), launch)
+    return out
+
+
+def columns(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
+    """Put each column of x [..., K, N] on its grid, into out, float64 of that shape (NF4-14.2).
+
+    As rows in everything else; leading axes are of contiguous arrays.
+    """
+    k, n = x.shape[-2:]
+    batch = math.prod(x.shape[:-2])
+    if x.size:
+        function = _kernel("columns", x)
+        last = product_bits(k % PIECE or PIECE)
+        sizes = np.int32(k), np.int32(n), _ld(x), np.int64(k * n), out, _ld(out), np.int64(k * n)
+        grid = (-(-n // 8), batch, -(-k // PIECE))
+        function(grid, (512,), (x, *sizes, product_bits_of(k), np.int32(last), status()))
+    return out
+
+
+def product_bits_of(k: int) -> np.int32:
+    """q of the pieces of K terms but the last (NF4-14.2)."""
+    return np.int32(product_bits(min(k, PIECE)))
+
+
+def sums(left: cupy.ndarray, right: cupy.ndarray, space: Space, name: str = "sums") -> cupy.ndarray:
+    """The sums of left [..., M, K] times right [..., K, N], on grids: float64 [..., M, N] (NF4-14.3)."""
+    k = left.shape[-1]
+    pieces = max(1, -(-k // PIECE))
+    out = space.take(name, (pieces, *left.shape[:-1], right.shape[-1]), np.float64)
+    if k == 0:
+        out.fill(0)
+    for i in range(0, k, PIECE):
+        multiply_float64(left[..., i : i + PIECE], right[..., i : i + PIECE, :], out[i // PIECE])
+    if pieces > 1 and out.size:
+        n = out[0].size
+        _kernel("combine", out)((-(-n // 256),), (256,), (out, np.int64(n), np.int64(n), np.int32(pieces)))
+    found: cupy.ndarray = out[0]
+    return found
+
+
+def finish(found: cupy.ndarray, out: cupy.ndarray, factor: float = 1.0) -> cupy.ndarray:
+    """The product whose sums [..., N] these are, times factor, into out float32 [..., N] (NF4-14.3)."""
+    n = found.shape[-1]
+    if out.size:
+        head = found, np.int64(n), _ld(found), np.float32(factor), out
+        _kernel("finish", out)((out.size // n,), (64 if n <= 256 else 256,), head)
+    return out
+
+
+def product(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray, space: Space) -> cupy.ndarray:
+    """a [..., M, K] times b [..., K, N] into out, all float32 (NF4-14.3)."""
+    left = rows(a, space.take("left", a.shape, np.float64))
+    right = columns(b, space.take("right", b.shape, np.float64))
+    return finish(sums(left, right, space), out)
+
+
+def add(x: cupy.ndarray, y: cupy.ndarray) -> None:
+    """Add y to x, in place, both float32 of one shape (NF4-14.1)."""
+    if x.size:
+        _kernel("add", x)((-(-x.size // 256),), (256,), (x, y, np.int64(x.size)))
+
+
+def squares(x: cupy.ndarray, starts: cupy.ndarray, space: Space) -> cupy.ndarray:
+    """The sums of squares of pieces of x float32: float64 [pieces]; starts int64 [pieces + 1] (NF4-14.4)."""
+    pieces = starts.size - 1
+    found = space.take("squares", (pieces,), np.float64)
+    _kernel("squares", x)((pieces,), (256,), (x, starts, found, status()))
+    return found
+
+
+def _kernel(name: str, x: cupy.ndarray, LANES: int = 32, VALUES: int = 1) -> Any:
+    defines = {"DTYPE": KINDS.get(x.dtype, 0), "LANES": LANES, "VALUES": VALUES}
+    return kernel(runtime.getDevice(), _SOURCE, name, **defines)
+
+
+def _ld(x: cupy.ndarray) -> np.int64:
+    """The elements from one row to the next."""
+    return np.int64(x.strides[-2] // x.itemsize if x.ndim > 1 else x.size)
