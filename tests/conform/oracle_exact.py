@@ -74,8 +74,8 @@ def bits_of_product(k: int) -> int:
 
 
 def pieces_of(row: list[int]) -> list[list[int]]:
-    """A row of an operand in pieces of 4096 (NF4-14.2); one without elements is one piece."""
-    return [row[i : i + 4096] for i in range(0, max(len(row), 1), 4096)]
+    """A row of an operand, one of more than 4096 in pieces of 512 (NF4-14.2)."""
+    return [row[i : i + 512] for i in range(0, len(row), 512)] if len(row) > 4096 else [row]
 
 
 def gridded(rows: Rows) -> list[list[Fraction]]:

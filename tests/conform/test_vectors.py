@@ -81,7 +81,7 @@ def test_the_stored_files_are_sound() -> None:
 
 def test_they_are_small_enough_to_vendor() -> None:
     sizes = {path.stem: path.stat().st_size for path in VECTORS.iterdir()}
-    assert sum(sizes.values()) < 2_000_000
+    assert sum(sizes.values()) < 2_100_000
     assert sum(sizes[operation] for operation in CODEC) < 1_200_000
 
 

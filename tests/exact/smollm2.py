@@ -11,7 +11,7 @@ from nf4.lora import LoRA, init_lora
 from nf4.model.llama import Llama
 from nf4.train.data import Example
 
-PINNED = "609e0c2743f9e8da1f356398be8bab1766de4b6f193b7ff55888b056bcada526"
+PINNED = "0fe8fa1122ce5332d5a766f15de75a3762c8ec6c4dca54b8546002c2c080cff2"
 TOKENS = 64
 
 

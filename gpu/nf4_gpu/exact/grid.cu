@@ -2,17 +2,17 @@
 // Defines: DTYPE, of an operand; LANES, of a row: 32 or 256; VALUES, of a lane.
 #include "exact/grid.cuh"
 
-// x [rows, k], a row every ldx -> out [rows, k], a row every ldo: each row on its grid, each piece of PIECE columns by
+// x [rows, k], a row every ldx -> out [rows, k], a row every ldo: each row on its grid, each `piece` of columns by
 // itself, with `bits` (the last piece with `last_bits`). A warp, or a block of 256 threads, takes a row.
-extern "C" __global__ void rows(const Element* __restrict__ x, i64 rows, int k, i64 ldx, double* __restrict__ out, i64 ldo,
-                                int bits, int last_bits, int* status) {
+extern "C" __global__ void rows(const Element* __restrict__ x, i64 rows, int k, int piece, i64 ldx,
+                                double* __restrict__ out, i64 ldo, int bits, int last_bits, int* status) {
   int lane = threadIdx.x % LANES;
   i64 row = (i64)blockIdx.x * (256 / LANES) + threadIdx.x / LANES;
   if (row >= rows) return;  // with 256 lanes all threads have the same row
   x += row * ldx;
   out += row * ldo;
-  for (int first = 0; first < k; first += PIECE) {
-    int last = min(first + PIECE, k);
+  for (int first = 0; first < k; first += piece) {
+    int last = min(first + piece, k);
     float v[VALUES];  // LANES * VALUES >= the columns of a piece: all are on their way before the first is looked at
     u32 top = 0;
 #pragma unroll
@@ -38,11 +38,11 @@ extern "C" __global__ void rows(const Element* __restrict__ x, i64 rows, int k, 
 
 // x [k, n], a row every ldx -> out [k, n], a row every ldo: each column on its grid, as rows does. A block takes eight
 // columns of a piece, blockIdx.z the piece, and blockIdx.y the matrix: these lie `next_x` and `next_out` apart.
-extern "C" __global__ void columns(const Element* __restrict__ x, int k, int n, i64 ldx, i64 next_x,
+extern "C" __global__ void columns(const Element* __restrict__ x, int k, int piece, int n, i64 ldx, i64 next_x,
                                    double* __restrict__ out, i64 ldo, i64 next_out, int bits, int last_bits, int* status) {
   __shared__ u32 tops[512];
   int column = blockIdx.x * 8 + threadIdx.x % 8, lane = threadIdx.x / 8;
-  int first = blockIdx.z * PIECE, last = min(first + PIECE, k);
+  int first = blockIdx.z * piece, last = min(first + piece, k);
   x += blockIdx.y * next_x + column;
   out += blockIdx.y * next_out + column;
   u32 top = 0;

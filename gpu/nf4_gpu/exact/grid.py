@@ -6,7 +6,7 @@ from typing import Any
 import cupy
 import numpy as np
 from cupy.cuda import runtime
-from nf4.exact.grid import PIECE, NotFiniteError, product_bits
+from nf4.exact.grid import NotFiniteError, piece_length, product_bits
 from nf4.lora import Workspace
 from numpy.typing import DTypeLike
 
@@ -48,13 +48,13 @@ def rows(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
     k = x.shape[-1]
     count = x.size // k if k else 0
     if count:
-        lanes = 32 if k <= 1024 else 256
-        values = -(-min(k, PIECE) // lanes)
+        piece = piece_length(k)
+        lanes = 32 if piece <= 1024 else 256
+        values = -(-piece // lanes)
         # A number of values that is a power of two, or near it: few kernels serve all.
         function = _kernel("rows", x, LANES=lanes, VALUES=next(n for n in _VALUES if n >= values))
-        last = product_bits(k % PIECE or PIECE)
-        launch = (x, count, np.int32(k), _ld(x), out, _ld(out), product_bits_of(k), np.int32(last), status())
-        function((-(-count // (256 // lanes)),), (256,), launch)
+        sizes = np.int64(count), np.int32(k), np.int32(piece), _ld(x), out, _ld(out)
+        function((-(-count // (256 // lanes)),), (256,), (x, *sizes, *_bits(k), status()))
     return out
 
 
@@ -66,33 +66,55 @@ def columns(x: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
     k, n = x.shape[-2:]
     batch = math.prod(x.shape[:-2])
     if x.size:
-        function = _kernel("columns", x)
-        last = product_bits(k % PIECE or PIECE)
-        sizes = np.int32(k), np.int32(n), _ld(x), np.int64(k * n), out, _ld(out), np.int64(k * n)
-        grid = (-(-n // 8), batch, -(-k // PIECE))
-        function(grid, (512,), (x, *sizes, product_bits_of(k), np.int32(last), status()))
+        piece, following = piece_length(k), np.int64(k * n)
+        sizes = np.int32(k), np.int32(piece), np.int32(n), _ld(x), following, out, _ld(out), following
+        launch = (-(-n // 8), batch, -(-k // piece))
+        _kernel("columns", x)(launch, (512,), (x, *sizes, *_bits(k), status()))
     return out
 
 
 def product_bits_of(k: int) -> np.int32:
-    """q of the pieces of K terms but the last (NF4-14.2)."""
-    return np.int32(product_bits(min(k, PIECE)))
+    """q of the terms of a product that is not cut (NF4-14.2)."""
+    return np.int32(product_bits(k))
+
+
+def _bits(k: int) -> tuple[np.int32, np.int32]:
+    """q of the pieces of K terms, and of the last (NF4-14.2)."""
+    piece = piece_length(k)
+    return product_bits_of(piece), product_bits_of(k % piece or piece)
 
 
 def sums(left: cupy.ndarray, right: cupy.ndarray, space: Space, name: str = "sums") -> cupy.ndarray:
     """The sums of left [..., M, K] times right [..., K, N], on grids: float64 [..., M, N] (NF4-14.3)."""
     k = left.shape[-1]
-    pieces = max(1, -(-k // PIECE))
+    piece = piece_length(k)
+    pieces, whole = max(1, -(-k // piece)), k // piece
     out = space.take(name, (pieces, *left.shape[:-1], right.shape[-1]), np.float64)
     if k == 0:
         out.fill(0)
-    for i in range(0, k, PIECE):
-        multiply_float64(left[..., i : i + PIECE], right[..., i : i + PIECE, :], out[i // PIECE])
+    if whole == pieces == 1:
+        multiply_float64(left, right, out[0])
+    elif left.ndim == 2 and whole:
+        multiply_float64(_pieces(left, -1, piece, whole), _pieces(right, -2, piece, whole), out[:whole])
+    else:
+        for i in range(whole):
+            part = slice(i * piece, i * piece + piece)
+            multiply_float64(left[..., part], right[..., part, :], out[i])
+    if k and whole < pieces:
+        multiply_float64(left[..., whole * piece :], right[..., whole * piece :, :], out[whole])
     if pieces > 1 and out.size:
         n = out[0].size
         _kernel("combine", out)((-(-n // 256),), (256,), (out, np.int64(n), np.int64(n), np.int32(pieces)))
     found: cupy.ndarray = out[0]
     return found
+
+
+def _pieces(x: cupy.ndarray, axis: int, piece: int, count: int) -> cupy.ndarray:
+    """The first pieces of a matrix along an axis, as a view [count, ...]."""
+    shape = [*x.shape]
+    shape[axis] = piece
+    strides = (x.strides[axis] * piece, *x.strides)
+    return cupy.ndarray((count, *shape), x.dtype, x.data, strides=strides)
 
 
 def finish(found: cupy.ndarray, out: cupy.ndarray, factor: float = 1.0) -> cupy.ndarray:

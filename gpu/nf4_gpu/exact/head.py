@@ -5,6 +5,7 @@ from typing import Any
 
 import cupy
 import numpy as np
+from nf4.exact.grid import piece_length
 from nf4.exact.head import Inputs
 from nf4.tensor import QuantizedTensor
 
@@ -37,7 +38,9 @@ def head(
     if isinstance(weight, QuantizedTensor):
         plain = dequantize(weight, out=space.take("plain", weight.shape, weight.dtype))
     wide = space.take("weight", plain.shape, np.float64)
-    step = max(1, HEAD_ELEMENTS // len(plain))
+    vocabulary, hidden = plain.shape
+    held = hidden * -(-vocabulary // piece_length(vocabulary))  # sums of a row, in backward
+    step = max(1, HEAD_ELEMENTS // max(vocabulary, held))
     for start in range(0, len(inputs.learned), step):
         at, targets = inputs.learned[start : start + step], inputs.targets[start : start + step]
         part = x[at]

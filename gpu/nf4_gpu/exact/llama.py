@@ -8,7 +8,9 @@ from typing import Any
 import cupy
 import numpy as np
 from cupy.cuda import runtime
+from nf4.errors import InputError
 from nf4.exact import tables
+from nf4.exact.grid import PIECE
 from nf4.exact.head import Inputs, inputs_of
 from nf4.exact.llama import ExactLlama, Rooms, Trace, silent
 from nf4.lora import LoRA
@@ -51,6 +53,11 @@ class DeviceLlama(ExactLlama):
 
         params = {name: moved(value) for name, value in model.params.items()}
         super().__init__(Llama(model.config, params, adapters), DEVICE)
+        for name, lora in adapters.items():
+            if len(lora.A) > PIECE:
+                raise InputError(
+                    f"the adapter of {name} has rank {len(lora.A)}; on the GPU {PIECE} is the most"
+                )
         # What is drawn for dropout differs from one micro-batch to the next, and goes into the launches.
         self._repeats = not any(drop_threshold(lora.dropout) for lora in adapters.values())
         self._shape: Any = None

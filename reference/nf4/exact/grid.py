@@ -15,7 +15,10 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 PIECE = 4096
-"""The terms that are summed on one grid (NF4-14.3, NF4-14.4)."""
+"""The terms that a product or a sum has on one grid (NF4-14.2, NF4-14.4)."""
+
+LONG_PIECE = 512
+"""The terms of a piece of a product that has more than PIECE (NF4-14.2)."""
 
 SUM_BITS = 41
 """The bits of a term of a sum, relative to the largest of its piece (NF4-14.4): 41 + log2(PIECE) is 53."""
@@ -52,6 +55,11 @@ def product_bits(k: int) -> int:
     return min(24, (53 - max(k - 1, 0).bit_length()) // 2)
 
 
+def piece_length(k: int) -> int:
+    """The terms of each piece but the last of a product that sums k terms (NF4-14.2)."""
+    return LONG_PIECE if k > PIECE else max(k, 1)
+
+
 def rows(a: Float32, out: Float64 | None = None) -> Gridded:
     """Put each row of a left operand a float32 [..., M, K] on its grid (NF4-14.2), in out if given.
 
@@ -79,14 +87,15 @@ def product(a: Operand, b: Operand, out: Float32 | None = None, space: Workspace
     right = _operand(b, -2, "right", space)
     shape = (*np.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1])
     k = left.shape[-1]
+    step = piece_length(k)
     out = np.empty(shape, np.float32) if out is None else out
     sums = [
         np.matmul(
-            left[..., i : i + PIECE],
-            right[..., i : i + PIECE, :],
+            left[..., i : i + step],
+            right[..., i : i + step, :],
             out=space.take(f"sums {i}", shape, np.float64),
         )
-        for i in range(0, k, PIECE)
+        for i in range(0, k, step)
     ] or [np.zeros(shape)]
     target, wide = out.reshape(-1), [s.reshape(-1) for s in sums]
 
@@ -180,8 +189,9 @@ def _on_grid(x: Float32, axis: int, out: Float64 | None = None) -> Float64:
         return out
     k = x.shape[axis]
     if k > PIECE:
-        for i in range(0, k, PIECE):
-            part = (..., slice(i, i + PIECE)) if axis == -1 else (..., slice(i, i + PIECE), slice(None))
+        for i in range(0, k, LONG_PIECE):
+            piece = slice(i, i + LONG_PIECE)
+            part = (..., piece) if axis == -1 else (..., piece, slice(None))
             _on_grid(x[part], axis, out[part])
         return out
     bits = product_bits(k)

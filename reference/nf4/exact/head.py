@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4.exact import ops
-from nf4.exact.grid import columns, product, rows
+from nf4.exact.grid import columns, piece_length, product, rows
 from nf4.lora import Workspace
 from nf4.model.llama import Batch
 from nf4.model.ops import HEAD_ELEMENTS, IGNORED
@@ -49,7 +49,9 @@ def head(
     """
     losses = np.zeros(len(x), np.float32)
     dx = None if scale is None else np.zeros_like(x)
-    step = max(1, HEAD_ELEMENTS // weight.shape[0])
+    vocabulary, hidden = weight.shape
+    sums = hidden * -(-vocabulary // piece_length(vocabulary))  # of a row, in backward
+    step = max(1, HEAD_ELEMENTS // max(vocabulary, sums))
     for start in range(0, len(inputs.learned), step):
         at, targets = inputs.learned[start : start + step], inputs.targets[start : start + step]
         part = x[at]

@@ -77,6 +77,13 @@ class LongProductOneGrid(Plain):
         return [slice(0, k)]
 
 
+class LongPieces(Plain):
+    """A product of more than 4096 terms is cut into pieces of 4096, as a sum is (NF4-14.2)."""
+
+    def product_piece(self, k: int) -> int:
+        return 4096
+
+
 class PiecesAdded(Plain):
     """The sums of a product's pieces are added as they are, in float64 (NF4-14.3)."""
 

@@ -9,7 +9,7 @@ from nf4.conform.bugs.plain_codec import Array, Outputs
 from nf4.conform.bugs.plain_training import IGNORED, PlainTraining
 from nf4.errors import InputError
 
-PIECE = 4096
+PIECE, LONG_PIECE = 4096, 512
 EXP = (
     *("0x1.62e42ff0e191bp-1", "0x1.ebfbe07786d64p-3", "0x1.c6b08ac069726p-5", "0x1.3b29f39d8a1c5p-7"),
     *("0x1.5d8a86032650bp-10", "0x1.445c83de9f053p-13", "0x1.fde5f7c280a5dp-17"),
@@ -49,7 +49,12 @@ class PlainExact(PlainTraining):
 
     def product_pieces(self, k: int) -> list[slice]:
         """Where the terms of a product are cut (NF4-14.2)."""
-        return [slice(i, i + PIECE) for i in range(0, max(k, 1), PIECE)]
+        step = self.product_piece(k)
+        return [slice(i, i + step) for i in range(0, max(k, 1), step)]
+
+    def product_piece(self, k: int) -> int:
+        """The terms of a piece of a product of k (NF4-14.2)."""
+        return LONG_PIECE if k > PIECE else max(k, 1)
 
     def gridded(self, rows: Array) -> Array:
         """The rows of a piece of an operand on their grids (NF4-14.2)."""

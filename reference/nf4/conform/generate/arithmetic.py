@@ -28,7 +28,7 @@ FLAGS = {
     "exact-product-subnormal": "FlushSubnormal GridShared",
     "exact-product-underflow": "FlushSubnormal ProductZeroSign",
     "exact-product-last-finite": "ProductOrder GridTies",
-    "exact-product-two-pieces": "LongProductOneGrid PiecesAdded",
+    "exact-product-nine-pieces": "LongPieces LongProductOneGrid PiecesAdded",
     "exact-product-infinity": "NonFiniteAccepted",
     "exact-product-length": "LengthAccepted",
     "exact-sum-products": "GridMissing GridTies GridTruncated SumBits TermsRounded",
@@ -170,14 +170,16 @@ def _products() -> Iterator[Vector]:
         _floats(LARGEST, 2.0**102, LARGEST, 2.0**103).reshape(2, 2),
         _floats(1, 1)[:, None],
     )
-    a, b = np.zeros(4098, np.float32), np.zeros(4098, np.float32)
-    a[[0, 4096, 4097]] = _floats(-(2.0**-20), 1, 2.0**-21)
-    b[[0, 4096, 4097]] = _floats(2.0**-23, 1 + 2.0**-23, 2.0**-3)
+    a, b = np.zeros((1, 4098), np.float32), np.zeros((4098, 2), np.float32)
+    a[0, [0, 512, 513, 1024, 4096, 4097]] = _floats(-(2.0**-20), 1, -1, 2.0**-10, 1, 2.0**-21)
+    b[[0, 4096, 4097], 0] = _floats(2.0**-23, 1 + 2.0**-23, 2.0**-3)
+    b[[512, 513, 1024], 1] = _floats(1, 1, 2.0**-30)
     yield _product(
-        "two-pieces",
-        "4098 terms: the sum of the first piece is lost on the grid of the second's, which is a tie.",
-        a[None],
-        b[:, None],
+        "nine-pieces",
+        "4098 terms: the first piece's sum is lost on the grid of the last's, a tie; in the other column the "
+        "third has only what is small beside the second.",
+        a,
+        b,
         steps=False,
     )
     yield _product("k-1", "K is 1: one product, rounded once.", *drawn("k-1", 3, 1, 3))
