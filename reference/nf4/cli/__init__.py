@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "Write text with a model.",
     "eval": "Measure a model's perplexity on a text.",
     "merge": "Add an adapter to the weights of its model.",
+    "compare": "Compare NF4 with other 4-bit grids on real weights.",
     "conform": "Run the specification's vectors against a port.",
     "bench": "Measure speed and memory beside other programs.",
 }

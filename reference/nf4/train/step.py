@@ -105,7 +105,7 @@ def _over_groups(
         for group in split([len(example) for example in examples], threads)
     ]
     # One thread in BLAS where the groups already use the cores.
-    with _blas_threads(threads if len(batches) == 1 else 1):
+    with blas_threads(threads if len(batches) == 1 else 1):
         return parallel.map_groups(work, batches)
 
 
@@ -117,6 +117,7 @@ def _controller() -> Any:
 
 
 @contextmanager
-def _blas_threads(threads: int) -> Iterator[None]:
+def blas_threads(threads: int) -> Iterator[None]:
+    """Let BLAS use so many threads inside."""
     with _controller().limit(limits=threads, user_api="blas"):
         yield
