@@ -108,7 +108,8 @@ def show(what: str, part: dict[str, Any], names: Sequence[str], sizes: Sequence[
     at, full = shown_size(sizes), part["full_precision"]
     some = rows[names[0], at]
     kinds = list(some["kinds"]) if len(some["kinds"]) > 1 else []
-    click.echo(f"\n{what}: {part['tensors']} tensors, {some['weights']:,} weights")
+    tensors = f"{part['tensors']} tensor{'s' * (part['tensors'] != 1)}"
+    click.echo(f"\n{what}: {tensors}, {some['weights']:,} weights")
     if full is not None:
         click.echo(
             f"full precision: perplexity {full['perplexity']:.4f}, likeliest token right "

@@ -190,7 +190,7 @@ def main(path: Path, model: str, data: str, seeds: int, picture: Path | None, **
 
     The base is the model rounded to bfloat16, for all. Runs that PATH has already are not made again.
     """
-    plan = {"model": Path(model).name, "data": data, **values}
+    plan = {"model": Path(model).name, "data": Path(data).name, **values}
     results = load(path, plan)
     source = bundled.MODEL if model == BUNDLED else Path(model)
     text = str(bundled.FINETUNE_TEXT) if data == BUNDLED else data
