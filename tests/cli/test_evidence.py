@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from nf4 import bundled
+from nf4.cli import main
 from nf4.cli.compare import shown_size
 from nf4.evidence.grids import QUANTIZERS
+from nf4.evidence.weights import weights_of
 from safetensors.numpy import save_file
 
 Run = Callable[..., str]
@@ -77,6 +81,19 @@ def test_compare_without_a_model_takes_the_bundled_one_and_normal_data(run_json:
 )
 def test_compare_refuses(run: Run, arguments: list[str], message: str) -> None:
     assert message in run("compare", *arguments, exit_code=2)
+
+
+def test_compare_says_when_weights_were_quantized_before(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = [replace(weight, stored="Q4_1") for weight in weights_of(model)]
+    monkeypatch.setattr("nf4.cli.compare.weights_of", lambda path: stored)
+    flags = ["--block-size", "64", "--quantizer", "nf4", "--json"]
+    result = CliRunner().invoke(main, ["compare", str(model), *flags])
+    assert result.exit_code == 0
+    assert "stored as Q4_1: the errors are those of quantizing them a second time" in result.stderr
+    monkeypatch.undo()
+    assert "stored as" not in CliRunner().invoke(main, ["compare", str(model), *flags]).stderr
 
 
 def test_kinds_are_shown_at_64_or_the_smallest_there_is() -> None:

@@ -16,6 +16,7 @@ from nf4.errors import InputError
 from nf4.evidence import compare, plots
 from nf4.evidence.grids import QUANTIZERS
 from nf4.evidence.weights import weights_of
+from nf4.formats.files import DTYPES as STORED
 from nf4.formats.files import atomic_write
 
 _BY_KIND = 64  # the block size at which kinds and layers are shown, if it is among those compared
@@ -65,6 +66,13 @@ def command(
         raise InputError(f"{model}: perplexity needs a whole model, with its config and tokenizer")
     path, text = (bundled.MODEL, bundled.HELDOUT_TEXT) if model is None else (model, data)
     weights = weights_of(path)
+    before = sorted({weight.stored for weight in weights} - set(STORED))
+    if before:
+        click.echo(
+            f"nf4: weights of {path} are stored as {', '.join(before)}: "
+            "the errors are those of quantizing them a second time",
+            err=True,
+        )
     examples = [] if text is None else compare.windows(path, text, tokens)
     with TensorProgress("comparing", quiet=as_json) as progress:
         parts = {str(path): compare.compare(weights, pairs, progress, model=path, examples=examples)}

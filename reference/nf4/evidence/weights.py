@@ -25,11 +25,15 @@ _ROWS = 1 << 18  # elements scaled at a time
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor to quantize: its name, its kind (such as q_proj), its layer if it has one, how to read it."""
+    """A tensor to quantize: its name, its kind (such as q_proj), its layer if it has one, how to read it.
+
+    stored: its dtype in the file, such as F32, or Q4_1 where it was quantized before.
+    """
 
     name: str
     kind: str
     layer: int | None
+    stored: str
     read: Callable[[], NDArray[Any]]
 
 
@@ -59,7 +63,7 @@ def _weight(name: str, source: Checkpoint) -> Weight:
         check_finite(source, name, value)
         return value
 
-    return Weight(name, *_place(name), read)
+    return Weight(name, *_place(name), source.dtype(name), read)
 
 
 def _of_file(path: Path) -> list[Weight]:
@@ -72,7 +76,7 @@ def _of_file(path: Path) -> list[Weight]:
                 raise InputError(f"{path}: tensor {name!r} holds NaN or infinity; the file is damaged")
             return value
 
-        return Weight(name, *_place(name), read)
+        return Weight(name, *_place(name), file.entries[name].dtype, read)
 
     found = [
         weight(name)
@@ -97,6 +101,7 @@ def normal_data(seed: int = 0, size: int = NORMAL_WEIGHTS) -> Weight:
         "normal data",
         "normal data",
         None,
+        "F32",
         lambda: np.random.default_rng(seed).standard_normal(size, np.float32),
     )
 
