@@ -6,7 +6,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nf4.codebooks import CODEBOOKS
@@ -44,6 +44,8 @@ BOF4_S = {
           0.7418596744537354, 1),
 }  # fmt: skip
 
+quick = settings(deadline=None, max_examples=40)
+
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 
 
@@ -58,6 +60,7 @@ def test_bof4_is_the_published_table() -> None:
         assert np.abs(bof4(block_size, signed=True).values - np.array(table)).max() < 3e-4
 
 
+@quick
 @given(
     st.sampled_from([32, 64, 1024]), st.booleans(), st.integers(0, 14), st.floats(0.0005, 0.02), st.booleans()
 )
@@ -90,6 +93,7 @@ def gap(name: str, block_size: int) -> float:
 
 
 @pytest.mark.parametrize("name", [name for name in QUANTIZERS if name != "int4-asym"])
+@quick
 @given(data=st.data())
 def test_the_error_is_at_most_half_a_gap_times_the_absmax(name: str, data: st.DataObject) -> None:
     dtype = np.dtype(data.draw(st.sampled_from(DTYPES)))
@@ -109,6 +113,7 @@ def test_the_error_is_at_most_half_a_gap_times_the_absmax(name: str, data: st.Da
         assert np.abs(wide[part] - got[part]).max() <= bound + 1e-7
 
 
+@quick
 @given(
     hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-1000, 1000, width=32)),
     st.sampled_from([32, 64]),
@@ -125,6 +130,7 @@ def test_the_asymmetric_grid_has_sixteen_even_steps_from_least_to_greatest(
         assert got[part.argmin()] == part.min()
 
 
+@quick
 @given(
     hnp.arrays(
         np.float32, st.integers(1, 200), elements=st.floats(-1000, 1000, width=32, allow_subnormal=False)

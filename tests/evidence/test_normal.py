@@ -37,16 +37,16 @@ def test_masses_sum_to_one_and_the_density_to_what_is_not_an_absmax() -> None:
     for signed in (False, True):
         scaled = ScaledNormal(64, signed)
         assert scaled.masses(NF4.thresholds).sum() == pytest.approx(1, abs=1e-9)
-        x = np.linspace(-1, 1, 4001)
-        assert np.trapezoid(scaled.density(x), x) == pytest.approx(63 / 64, abs=1e-6)
+        x = np.linspace(-1, 1, 1001)
+        assert np.trapezoid(scaled.density(x), x) == pytest.approx(63 / 64, abs=1e-5)
 
 
 def test_partial_moments_are_the_integrals_of_the_density() -> None:
     scaled = ScaledNormal(128)
-    x = np.linspace(-1, 0.3, 20001)
+    x = np.linspace(-1, 0.3, 4001)
     density = scaled.density(x) / scaled.rest
     for order in (0, 1, 2):
-        assert scaled.partial(0.3, order, 0) == pytest.approx(np.trapezoid(density * x**order, x), abs=1e-7)
+        assert scaled.partial(0.3, order, 0) == pytest.approx(np.trapezoid(density * x**order, x), abs=1e-6)
 
 
 def test_no_bin_of_nf4_holds_a_sixteenth_of_blockwise_data() -> None:

@@ -42,13 +42,14 @@ class ScaledNormal:
             integral = (lowest - at) / m
         else:
             integral = (ndtr(z) - ndtr(-m) - z * at - m * lowest) / m**2
-        found: Float64 = integral / self._inside @ (self._weight * m**power)
+        found: Float64 = np.sum(integral * (self._weight * m**power / self._inside), -1)
         return found
 
     def density(self, x: ArrayLike) -> Float64:
         """The density at x in (-1, 1); the weights at +-1 are not in it."""
         z = np.multiply.outer(np.asarray(x, np.float64), self._absmax)
-        found: Float64 = self.rest * (_normal_density(z) * self._absmax / self._inside @ self._weight)
+        per_node = self.rest * self._absmax / self._inside * self._weight
+        found: Float64 = np.sum(_normal_density(z) * per_node, -1)
         return found
 
     def masses(self, thresholds: ArrayLike) -> Float64:
