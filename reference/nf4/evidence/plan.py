@@ -27,26 +27,26 @@ _QUERIES = 32
 class Engine:
     """Where a model runs, and what that costs, in bytes.
 
-    compute: of an activation, and of a value of the embeddings, the norms and the head; gradient: of a value
-    of an adapter's gradient, None for that of the adapter; runtime: what the process holds without a model;
-    trainer: what training adds to it; token: of the tokenizer for each entry of the vocabulary. Where it is
-    parallel, each thread takes a part of the batch and has its own work space.
+    compute: of an activation, and of a value of the embeddings, the norms and the head; runtime: what the
+    process holds without a model; trainer: what training adds to it; token: of the tokenizer for each entry
+    of the vocabulary.
     """
 
     name: str
     compute: int
-    gradient: int | None
     runtime: int
-    trainer: int
-    token: int
-    parallel: bool
+    trainer: int = 0
+    token: int = 0
 
 
-CPU = Engine("cpu", compute=4, gradient=4, runtime=60_000_000, trainer=40_000_000, token=500, parallel=True)
+CPU = Engine("cpu", compute=4, runtime=60_000_000, trainer=40_000_000, token=500)
 """`nf4 finetune` and `nf4 generate`. The last three sizes are measured: Python, NumPy, what a run imports."""
 
-CUDA = Engine("cuda", compute=2, gradient=None, runtime=500_000_000, trainer=0, token=0, parallel=False)
-"""bfloat16 on one GPU, keeping what nf4.model keeps. The runtime, the context of CUDA, is an estimate."""
+CUDA = Engine("cuda", compute=2, runtime=500_000_000)
+"""The package's own trainer on one GPU, in bfloat16. The runtime, the context of CUDA, is an estimate."""
+
+_LOGITS_BYTES = 64 << 20  # on the GPU, where they share memory with a layer's weights as written out
+_APART_BYTES = 64 << 20  # gradients of keys and values by query head, up to which they are kept apart
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class _Shape:
     vocabulary: int
     linear: tuple[int, ...]  # elements of each linear weight
     rest: int  # elements of everything else
+    lookup: int  # of them those of an embedding that is not the head too
 
     @classmethod
     def of(cls, config: LlamaConfig) -> "_Shape":
@@ -99,6 +100,7 @@ class _Shape:
             config.vocab_size,
             linear,
             sum(sizes.values()) - sum(linear),
+            0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size,
         )
 
     def adapter(self, rank: int) -> int:
@@ -127,25 +129,39 @@ def inference(config: LlamaConfig, engine: Engine, run: Run, form: str) -> Parts
     return {
         **_base(s, engine, run, form),
         CACHE: 2 * s.layers * s.key * tokens * size,
-        WORK: work * size + _decoded(s, engine, run, form),
+        WORK: work * size + _written(s, engine, run, form),
         RUNTIME: engine.runtime + engine.token * s.vocabulary,
     }
 
 
 def training(config: LlamaConfig, engine: Engine, run: Run, form: str, checkpointing: bool) -> Parts:
-    """The peak of a training step with adapters on all linear layers, in bytes by part.
+    """The peak of a training step with adapters on all linear layers, in bytes by part."""
+    s = _Shape.of(config)
+    adapter = s.adapter(run.rank)
+    step = _cpu_step if engine is CPU else _cuda_step
+    groups, activations, work = step(s, engine, run, form, checkpointing)
+    return {
+        **_base(s, engine, run, form),
+        ADAPTERS: adapter * run.adapter,
+        GRADIENTS: groups * adapter * 4,
+        STATES: adapter * 8,
+        ACTIVATIONS: activations,
+        WORK: work,
+        RUNTIME: engine.runtime + engine.trainer + engine.token * s.vocabulary,
+    }
+
+
+def _cpu_step(s: _Shape, engine: Engine, run: Run, form: str, checkpointing: bool) -> tuple[int, int, int]:
+    """How many gradients there are, and the bytes of activations and of work space (nf4.model.llama).
 
     The batch is split into groups of sequences, one a thread, each of which holds all of: what backward
     needs of its own tokens, its work space, and its gradients.
     """
-    s, size = _Shape.of(config), engine.compute
-    groups = min(run.threads, run.batch_size) if engine.parallel else 1
-    sequences = -(-run.batch_size // groups)  # in the largest group
-    tokens = sequences * run.seq_len
-    adapter = s.adapter(run.rank)
+    groups = min(run.threads, run.batch_size)
+    tokens = -(-run.batch_size // groups) * run.seq_len  # in the largest group
 
-    # What nf4.model.llama keeps of a layer: its input, q, k, v, attention's output, the residual in the
-    # middle, gate and up; 1 / rms twice, the softmax's denominators, and seven products of the adapters.
+    # Kept of a layer: its input, q, k, v, attention's output, the residual in the middle, gate and up;
+    # 1 / rms twice, the softmax's denominators, seven products of the adapters.
     kept = 2 * s.query + 2 * s.key + 2 * s.hidden + 2 * s.inner
     small = 2 + s.heads + 7 * run.rank
     if checkpointing:
@@ -154,40 +170,50 @@ def training(config: LlamaConfig, engine: Engine, run: Run, form: str, checkpoin
         # Evaluation has one more layer's worth, which is then kept.
         activations = tokens * (s.layers * (kept + small) + kept + s.hidden)
 
-    # Buffers that layers share, gradients on the way down, the tables of the rotation, the logits.
+    # Buffers that layers share, gradients on the way down, the tables of the rotation, scores, logits.
     widest = max(s.inner, s.query, s.hidden)
     work = tokens * (s.hidden + s.inner + 2 * widest)
     work += tokens * (s.inner + 5 * s.hidden + 4 * s.query + 2 * s.key)
     work += 2 * min(_SCORES, _QUERIES * s.heads * run.seq_len)
     chunks = max(1, -(-tokens * s.vocabulary // HEAD_ELEMENTS))
-    logits = -(-tokens // chunks) * s.vocabulary
-    return {
-        **_base(s, engine, run, form),
-        ADAPTERS: adapter * run.adapter,
-        GRADIENTS: groups * adapter * (engine.gradient or run.adapter),
-        STATES: adapter * 8,
-        ACTIVATIONS: groups * activations * size,
-        WORK: groups * (work * size + logits * 4 + _decoded(s, engine, run, form)),
-        RUNTIME: engine.runtime + engine.trainer + engine.token * s.vocabulary,
-    }
+    work += -(-tokens // chunks) * s.vocabulary
+    size = engine.compute
+    return groups, groups * activations * size, groups * (work * size + _written(s, engine, run, form))
+
+
+def _cuda_step(s: _Shape, engine: Engine, run: Run, form: str, checkpointing: bool) -> tuple[int, int, int]:
+    """The same on the GPU: the whole batch at once, and every buffer laid out before the first step."""
+    tokens = run.batch_size * run.seq_len
+    # q, k and v; attention's output; the residual in the middle; gate and up; in float32 1 / rms twice and
+    # the softmax's denominators. Each layer's input and its products with the adapters are kept in any case.
+    kept = (2 * s.query + 2 * s.key + s.hidden + 2 * s.inner) * engine.compute + 4 * (2 + s.heads)
+    layers = 1 if checkpointing else s.layers
+    activations = tokens * (layers * kept + s.layers * (s.hidden + 7 * run.rank) * engine.compute)
+    # A norm's output, that of SwiGLU, two gradients of a layer's output; what attention's backward sums up.
+    work = tokens * ((3 * s.hidden + s.inner) * engine.compute + 4 * s.heads)
+    apart = 4 * tokens * s.query
+    work += 2 * apart if apart <= _APART_BYTES and s.key < s.query else 0
+    logits = min(_LOGITS_BYTES, tokens * s.vocabulary * engine.compute)
+    return 1, activations, work + max(logits, _written(s, engine, run, form))
 
 
 def _base(s: _Shape, engine: Engine, run: Run, form: str) -> Parts:
+    # The rows of an embedding that is not the head come from the host's memory, where the GPU computes.
+    rest = (s.rest if engine is CPU else s.rest - s.lookup) * engine.compute
     if form == UNQUANTIZED:
-        return {WEIGHTS: sum(s.linear) * engine.compute, CONSTANTS: 0, REST: s.rest * engine.compute}
+        return {WEIGHTS: sum(s.linear) * engine.compute, CONSTANTS: 0, REST: rest}
     constants = 0
     for n in s.linear:
         blocks = -(-n // run.block_size)
         constants += blocks + 4 * -(-blocks // _NESTED_BLOCK) + 4 if form == DOUBLE else 4 * blocks
-    return {
-        WEIGHTS: sum(-(-n // 2) for n in s.linear),
-        CONSTANTS: constants,
-        REST: s.rest * engine.compute,
-    }
+    return {WEIGHTS: sum(-(-n // 2) for n in s.linear), CONSTANTS: constants, REST: rest}
 
 
-def _decoded(s: _Shape, engine: Engine, run: Run, form: str) -> int:
-    """The bytes of the buffer for the largest weight: decoded to its own dtype, then as computed with."""
+def _written(s: _Shape, engine: Engine, run: Run, form: str) -> int:
+    """The bytes that weights are written out in: on the CPU the largest, decoded, in the dtype it had and in
+    that of computing; on the GPU those of a layer, with its adapters beside them."""
+    if engine is not CPU:
+        return sum(s.linear) // s.layers * engine.compute
     if form == UNQUANTIZED:
         return 0
     return max(s.linear) * (engine.compute + (run.source if run.source != engine.compute else 0))
