@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from nf4.evidence import plan
 from nf4.formats.checkpoint import LINEAR_WEIGHT, QuantizeOptions, load_model
+from nf4.formats.peft import linear_shapes
 from nf4.model.config import LlamaConfig
 from nf4.model.llama import Llama
 from nf4.tensor import QuantizedTensor
@@ -224,3 +225,40 @@ def test_a_card_is_as_large_as_it_is_sold() -> None:
     assert plan.smallest_card({plan.WEIGHTS: (12 << 30) + 1}) == 16
     assert plan.smallest_card({plan.WEIGHTS: 1 << 50}) is None
     assert np.all(np.diff(list(plan.CARDS)) > 0)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "batch_size", "seq_len", "rank", "checkpointing"),
+    [
+        (135e6, 1, 512, 16, False),
+        (135e6, 8, 512, 16, False),
+        (1e9, 4, 1024, 16, False),
+        (1e9, 4, 1024, 16, True),
+        (7e9, 4, 256, 8, False),
+        (7e9, 1, 512, 64, True),
+        (8e9, 4, 2048, 16, True),
+        (70e9, 1, 512, 64, True),
+    ],
+)
+def test_the_layout_of_the_trainer_on_a_gpu(
+    parameters: float, batch_size: int, seq_len: int, rank: int, checkpointing: bool
+) -> None:
+    planning = pytest.importorskip("nf4_gpu.train.plan", reason="the trainer on a GPU is not there yet")
+    from nf4_gpu.arena import Arena
+    from nf4_gpu.model.weights import AdapterShape, Form
+
+    _, config = plan.family_shape(parameters)
+    modules = list(linear_shapes(config))
+    made = planning.make(
+        Arena(),
+        config,
+        {module: AdapterShape(rank, 1.0, 0.0, 0) for module in modules},
+        [
+            {module: Form(64, 256) for module in modules if module.startswith(f"model.layers.{i}.")}
+            for i in range(config.num_hidden_layers)
+        ],
+        planning.Settings(batch_size, seq_len, checkpointing=checkpointing),
+    )
+    run = plan.Run(batch_size=batch_size, seq_len=seq_len, rank=rank)
+    parts = plan.training(config, plan.CUDA, run, plan.DOUBLE, checkpointing)
+    assert plan.total(parts) - parts[plan.RUNTIME] == pytest.approx(made.total, rel=0.05)
