@@ -114,6 +114,7 @@ def test_plan_by_parameters(run_json: RunJson, run: Run) -> None:
         "NF4, double": True,
     }
     assert answer["smallest_card_gb"]["training"]["NF4, double"] == 80
+    assert answer["stored"]["16 bits"] == 2 * answer["parameters"]
     assert [way["change"] for way in answer["ways_to_fit"]] == ["double quantization", "--checkpointing"]
     words = run("plan", "--params", "70b", "--gpu", 48, *paper)
     assert "48 GB train double-quantized NF4 on one sequence of up to" in words

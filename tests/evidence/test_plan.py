@@ -47,6 +47,8 @@ def test_weights_adapters_and_states_are_counted_to_the_byte(
     optimizer = AdamW(Llama(base.config, base.params, adapters).trainable("lora"))
     assert parts[plan.ADAPTERS] == sum(p.nbytes for p in optimizer.params.values())
     assert parts[plan.STATES] == sum(s.nbytes for s in [*optimizer.m.values(), *optimizer.v.values()])
+    stored = sum(q.nbytes for q in quantized) + sum(2 * v.size for v in rest)
+    assert plan.stored(base.config, run, form) == stored
     full = plan.training(base.config, plan.CPU, run, plan.UNQUANTIZED, checkpointing=False)
     assert full[plan.WEIGHTS] == sum(4 * q.size for q in quantized)
     assert plan.parameter_count(base.config) == sum(q.size for q in quantized) + sum(v.size for v in rest)

@@ -136,6 +136,7 @@ def describe(
         },
         "device": engine.name,
         "run": asdict(run),
+        "stored": {form: plan.stored(config, run, form) for form in plan.FORMS},
         "phases": {
             phase: {form: {"parts": parts, "total": plan.total(parts)} for form, parts in forms.items()}
             for phase, forms in phases.items()
@@ -165,8 +166,14 @@ def show(answer: dict[str, Any]) -> None:
         f"{answer['model']}: {answer['parameters'] / 1e9:.3g} billion parameters, "
         f"{shape['num_hidden_layers']} layers x {shape['hidden_size']}, {shape['intermediate_size']}; "
         f"{shape['num_attention_heads']} heads, {shape['num_key_value_heads']} of keys; "
-        f"vocabulary {shape['vocab_size']}\non {where}; GB are 10^9 bytes\n"
+        f"vocabulary {shape['vocab_size']}"
     )
+    full = answer["stored"][plan.UNQUANTIZED]
+    sizes = ", ".join(
+        f"{size(count)} in {form}" + (f" ({full / count:.2f} times less)" if count < full else "")
+        for form, count in answer["stored"].items()
+    )
+    click.echo(f"stored: {sizes}\non {where}; GB are 10^9 bytes\n")
     step = f"{run['batch_size']} x {run['seq_len']} tokens, rank {run['rank']}"
     titles = {
         "inference": f"inference, {run['context']} tokens",

@@ -45,20 +45,17 @@ def af4(block_size: int) -> Codebook:
     """The AF4 table of a block size (arXiv 2306.06965), which depends on it.
 
     Every value but -1, 0 and 1 is the median of its bin, for normal weights over their absmax, so that the
-    mean magnitude of the error is least. As published, the bins beside 0 reach up to 0; when values go to the
-    nearest entry they end half-way, and so the table is not the best by its own measure.
+    mean magnitude of the error of scaled weights is least. As published, the bins beside 0 reach up to 0;
+    when values go to the nearest entry they end half-way, and so the table is not the best by its own
+    measure.
     """
     scaled = ScaledNormal(block_size)
 
     def centre(values: Float64) -> Float64:
-        middle = (values[1:] + values[:-1]) / 2
-        lower, upper = middle[:-1].copy(), middle[1:].copy()  # the bins of values 1 to 14
+        edges = (values[1:] + values[:-1]) / 2
+        lower, upper = edges[:-1].copy(), edges[1:].copy()  # the bins of values 1 to 14
         upper[ZERO - 2] = lower[ZERO] = 0
-        half = (scaled.partial(lower, 0, 0) + scaled.partial(upper, 0, 0)) / 2
-        inner = values[1:-1]
-        # One step of Newton's method towards the median.
-        step = (scaled.partial(inner, 0, 0) - half) * scaled.rest / scaled.density(inner)
-        return np.concatenate([[-1.0], inner - step, [1.0]])
+        return _towards_medians(scaled, values, lower, upper, 0)
 
     return Codebook(f"af4-{block_size}", _lloyd(centre, (0, ZERO, 15)))
 
@@ -79,6 +76,32 @@ def bof4(block_size: int, signed: bool = False) -> Codebook:
 
     fixed = (ZERO, 15) if signed else (0, ZERO, 15)
     return Codebook(f"bof4{'-s' if signed else ''}-{block_size}", _lloyd(centre, fixed))
+
+
+@cache
+def bof4_mean(block_size: int) -> Codebook:
+    """The BOF4 table of a block size for the least mean magnitude of the weights' error (arXiv 2505.06653).
+
+    Every value but -1, 0 and 1 is the median of its bin, weighted with the absmax.
+    """
+    scaled = ScaledNormal(block_size)
+
+    def centre(values: Float64) -> Float64:
+        edges = (values[1:] + values[:-1]) / 2
+        return _towards_medians(scaled, values, edges[:-1], edges[1:], 1)
+
+    return Codebook(f"bof4-mean-{block_size}", _lloyd(centre, (0, ZERO, 15)))
+
+
+def _towards_medians(
+    scaled: ScaledNormal, values: Float64, lower: Float64, upper: Float64, power: int
+) -> Float64:
+    """One step of Newton's method from each inner value towards the median of what lies in its bin, where
+    each scaled weight counts as its absmax to that power."""
+    half = (scaled.partial(lower, 0, power) + scaled.partial(upper, 0, power)) / 2
+    inner = values[1:-1]
+    step = (scaled.partial(inner, 0, power) - half) * scaled.rest / scaled.density(inner, power)
+    return np.concatenate([[-1.0], inner - step, [1.0]])
 
 
 def _lloyd(centre: Callable[[Float64], Float64], fixed: tuple[int, ...]) -> NDArray[np.float32]:
@@ -155,6 +178,7 @@ QUANTIZERS = {
         Quantizer("int4-asym", "Int4, least to greatest", round_asymmetric),
         Quantizer("af4", "AF4", _by_codebook(af4)),
         Quantizer("bof4", "BOF4 (MSE)", _by_codebook(bof4)),
+        Quantizer("bof4-mean", "BOF4 (MAE)", _by_codebook(bof4_mean)),
         Quantizer("bof4-s", "BOF4-S (MSE), signed absmax", round_signed),
     )
 }

@@ -45,10 +45,10 @@ class ScaledNormal:
         found: Float64 = np.sum(integral * (self._weight * m**power / self._inside), -1)
         return found
 
-    def density(self, x: ArrayLike) -> Float64:
-        """The density at x in (-1, 1); the weights at +-1 are not in it."""
+    def density(self, x: ArrayLike, power: int = 0) -> Float64:
+        """The density at x in (-1, 1), each weight counted M^power times; those at +-1 are not in it."""
         z = np.multiply.outer(np.asarray(x, np.float64), self._absmax)
-        per_node = self.rest * self._absmax / self._inside * self._weight
+        per_node = self.rest * self._absmax ** (1 + power) / self._inside * self._weight
         found: Float64 = np.sum(_normal_density(z) * per_node, -1)
         return found
 

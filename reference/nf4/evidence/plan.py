@@ -197,16 +197,28 @@ def _cuda_step(s: _Shape, engine: Engine, run: Run, form: str, checkpointing: bo
     return 1, activations, work + max(logits, _written(s, engine, run, form))
 
 
+def stored(config: LlamaConfig, run: Run, form: str) -> int:
+    """The bytes of the model's file: linear weights in that form, embeddings, norms and head in 16 bits."""
+    s = _Shape.of(config)
+    return sum(_linear(s, CUDA, run, form)) + s.rest * CUDA.compute
+
+
 def _base(s: _Shape, engine: Engine, run: Run, form: str) -> Parts:
     # The rows of an embedding that is not the head come from the host's memory, where the GPU computes.
     rest = (s.rest if engine is CPU else s.rest - s.lookup) * engine.compute
+    weights, constants = _linear(s, engine, run, form)
+    return {WEIGHTS: weights, CONSTANTS: constants, REST: rest}
+
+
+def _linear(s: _Shape, engine: Engine, run: Run, form: str) -> tuple[int, int]:
+    """The bytes of the linear weights, and of the constants of their blocks (NF4-5.4)."""
     if form == UNQUANTIZED:
-        return {WEIGHTS: sum(s.linear) * engine.compute, CONSTANTS: 0, REST: rest}
+        return sum(s.linear) * engine.compute, 0
     constants = 0
     for n in s.linear:
         blocks = -(-n // run.block_size)
         constants += blocks + 4 * -(-blocks // _NESTED_BLOCK) + 4 if form == DOUBLE else 4 * blocks
-    return {WEIGHTS: sum(-(-n // 2) for n in s.linear), CONSTANTS: constants, REST: rest}
+    return sum(-(-n // 2) for n in s.linear), constants
 
 
 def _written(s: _Shape, engine: Engine, run: Run, form: str) -> int:

@@ -25,6 +25,7 @@ _COLOURS = {
     "int4-asym": "tab:olive",
     "af4": "tab:purple",
     "bof4": "tab:brown",
+    "bof4-mean": "tab:gray",
     "bof4-s": "tab:pink",
 }
 _WORDS = {"nf4": "NF4", "int4": "uniform"}
