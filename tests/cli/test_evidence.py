@@ -158,7 +158,9 @@ def test_plan_refuses(run: Run, arguments: list[str], message: str) -> None:
     assert message in run("plan", *arguments, exit_code=2)
 
 
-def test_plot_grid(model: Path, run_json: RunJson, run: Run, tmp_path: Path) -> None:
+def test_plot_grid(
+    model: Path, run_json: RunJson, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answer = run_json("plot", "grid", model, "--out", tmp_path / "grid.png")
     for shares in answer["masses"].values():
         assert len(shares) == 16
@@ -166,6 +168,7 @@ def test_plot_grid(model: Path, run_json: RunJson, run: Run, tmp_path: Path) -> 
     assert min(answer["masses"]["normal"]) > 0.055
     assert min(answer["masses"]["normal in blocks"]) < 0.018
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("nf4.evidence.plots.draw_grid", lambda *a: None)  # it has been drawn
     assert "1/16 is 6.25" in run("plot", "grid", "--out", tmp_path / "other.png")
     assert "no such model" in run("plot", "grid", "nowhere", exit_code=2)
     assert "block size 1" in run("plot", "grid", "--block-size", 1, exit_code=2)
