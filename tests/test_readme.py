@@ -2,8 +2,10 @@
 
 import doctest
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 from nf4.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -32,3 +34,26 @@ def test_every_room_is_on_the_map() -> None:
 def test_every_module_says_its_purpose_in_one_line() -> None:
     for path in (ROOT / "reference").rglob("*.py"):
         assert path.read_text("utf-8").startswith('"""'), path
+
+
+def shown_commands() -> set[str]:
+    """Every `nf4 ...` line that the README and the claims show, but for those with optional parts."""
+    found = set()
+    for path in (README, ROOT / "spec/claims.md"):
+        text = path.read_text("utf-8")
+        lines = re.findall(r"^\$ (.+)$", text, re.MULTILINE) + re.findall(r"`(nf4 [^`]+)`", text)
+        for line in lines:
+            for part in re.split(r"&&|;", line.replace("\n", " ").partition("#")[0]):
+                command = part.strip()
+                if command.startswith("nf4 ") and not re.search(r"[\[|]", command):
+                    found.add(command)
+    return found
+
+
+@pytest.mark.parametrize("command", sorted(shown_commands()))
+def test_a_command_that_is_shown_is_one(command: str) -> None:
+    name, *arguments = shlex.split(command)[1:]
+    found = main.get_command(None, name)  # type: ignore[arg-type]
+    assert found is not None
+    if arguments and "--help" not in arguments:
+        assert found.make_context(name, arguments)  # parses them; runs nothing

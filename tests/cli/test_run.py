@@ -76,6 +76,41 @@ def test_an_adapter_runs_on_what_it_was_trained_on(
     assert merged["drift"]["max_abs"] < 1e-4
 
 
+def test_lora_on_a_model_that_is_not_quantized(
+    model: Path, run: Run, run_json: RunJson, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("In the beginning. " * 60)
+    flags = (
+        "--codebook",
+        "none",
+        "--steps",
+        2,
+        "--lr",
+        0.01,
+        "--seq-len",
+        32,
+        "--eval-data",
+        tmp_path / "text.txt",
+    )
+    tuned = run_json("finetune", model, tmp_path / "text.txt", "--out", tmp_path / "out", *flags)
+    plain = run_json("eval", model, tmp_path / "text.txt", "--seq-len", 32)
+    assert plain["weights"] == "as stored"
+    assert tuned["eval_before"] == pytest.approx(plain["loss"], rel=1e-5)
+    after = run_json("eval", model, tmp_path / "text.txt", "--seq-len", 32, "--adapter", tmp_path / "out")
+    assert after["weights"] == "as stored"
+    assert after["loss"] == pytest.approx(tuned["eval_after"], rel=1e-5)
+    common = ("generate", model, "--prompt", "The", "--max-tokens", 1, "--adapter", tmp_path / "out")
+    assert run_json(*common, "--codebook", "nf4")["weights"].startswith("nf4")
+    merged = run_json("merge", model, tmp_path / "out", tmp_path / "merged", "--onto", "dequantized")
+    assert merged["trained_on"]["codebook"] == "none"
+    assert merged["drift"]["max_abs"] < 1e-4
+    assert "on unquantized weights" in run(
+        "merge", model, tmp_path / "out", tmp_path / "again", "--onto", "original"
+    )
+    same = [load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again")]
+    assert all(np.array_equal(same[0][name], same[1][name]) for name in same[0])
+
+
 def test_generate_stops_at_the_models_last_position(model: Path, run: Run, run_json: RunJson) -> None:
     answer = run_json("generate", model, "--prompt", "x" * 120, "--max-tokens", 50, "--temperature", 1)
     assert len(answer["tokens"]) <= 8

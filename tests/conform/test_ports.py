@@ -25,7 +25,8 @@ CODEC = {
 BUILDS = {
     "cpp": (("nf4.cpp",), ("g++", "-std=c++20", "-O2", "-ffp-contract=off", "nf4.cpp", "-o")),
     "rust": (("nf4.rs",), ("rustc", "--edition", "2021", "-O", "nf4.rs", "-o")),
-    "javascript": (("nf4.mjs", "port.mjs"), ("node",)),
+    # The page of `nf4 explore` computes with it, so it lies there.
+    "javascript": (("../../reference/nf4/evidence/nf4.mjs", "port.mjs"), ("node",)),
 }
 LINES = 200
 

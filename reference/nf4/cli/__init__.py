@@ -19,6 +19,10 @@ COMMANDS = {
     "generate": "Write text with a model.",
     "eval": "Measure a model's perplexity on a text.",
     "merge": "Add an adapter to the weights of its model.",
+    "plan": "Plan the memory of inference and training.",
+    "compare": "Compare NF4 with other 4-bit grids on real weights.",
+    "explore": "Write a page to try the grids on.",
+    "plot": "Draw the grid under the weights.",
     "conform": "Run the specification's vectors against a port.",
     "bench": "Measure speed and memory beside other programs.",
 }

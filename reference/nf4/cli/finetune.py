@@ -17,6 +17,7 @@ from nf4 import bundled
 from nf4.cli.output import json_option, print_json, size
 from nf4.codebooks import CODEBOOKS
 from nf4.errors import InputError
+from nf4.formats.checkpoint import AS_STORED
 from nf4.model.llama import TARGETS
 from nf4.train import log, snapshot
 from nf4.train.data import LOSS_ON
@@ -111,7 +112,11 @@ def _option(name: str, help: str, **settings: Any) -> Callable[..., Any]:
 )
 @_option("--adapter-dtype", "Type of the adapters.", type=click.Choice(list(ADAPTER_DTYPES)))
 @_option("--block-size", "Weights a scale: a power of two from 32 to 4096.", type=int)
-@_option("--codebook", "Values of the 4-bit codes.", type=click.Choice(list(CODEBOOKS)))
+@_option(
+    "--codebook",
+    "Values of the 4-bit codes; none: LoRA on the weights as they are.",
+    type=click.Choice([*CODEBOOKS, AS_STORED]),
+)
 @_option("--double-quant/--no-double-quant", "Quantize the scales too.")
 @_option("--lr", "Learning rate.", type=float)
 @_option("--schedule", "Course of the learning rate over the steps.", type=click.Choice(SCHEDULES))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nf4.cli.model import quantize_options, settle
 from nf4.cli.output import TensorProgress, json_option, print_json
 from nf4.codebooks import CODEBOOKS
-from nf4.formats.checkpoint import load_model, open_checkpoint
+from nf4.formats.checkpoint import AS_STORED, load_model, open_checkpoint
 from nf4.formats.merge import write_merged
 from nf4.formats.peft import load_adapter
 from nf4.formats.tokenizer import Tokenizer
@@ -41,7 +41,11 @@ PROMPTS = (
     required=True,
     help="The weights as MODEL stores them, or as training saw them: quantized and decoded.",
 )
-@click.option("--codebook", type=click.Choice(list(CODEBOOKS)), help="[default: as the adapter was trained]")
+@click.option(
+    "--codebook",
+    type=click.Choice([*CODEBOOKS, AS_STORED]),
+    help="none: not quantized.  [default: as the adapter was trained]",
+)
 @quantize_options
 @json_option
 def command(
@@ -85,9 +89,10 @@ def command(
     if as_json:
         print_json(answer)
         return
+    trained_on = "unquantized" if options.codebook == AS_STORED else options.codebook
     click.echo(
         f"{out}: merged onto the {onto} weights\n"
-        f"drift of the logits against base + adapter on {options.codebook} weights, "
+        f"drift of the logits against base + adapter on {trained_on} weights, "
         f"over the {found['positions']} positions of {len(PROMPTS)} prompts: "
         f"max |difference| {found['max_abs']:.3g}, mean {found['mean_abs']:.3g}; "
         f"KL {found['mean_kl']:.3g} nats a token (max {found['max_kl']:.3g}); "

@@ -8,12 +8,10 @@ from typing import Any
 import click
 
 from nf4.codebooks import CODEBOOKS
-from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
+from nf4.formats.checkpoint import AS_STORED, QuantizeOptions, load_model, open_checkpoint
 from nf4.formats.peft import load_adapter, read_trained_on
 from nf4.formats.tokenizer import Tokenizer
 from nf4.model.llama import Llama
-
-AS_STORED = "none"
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,9 @@ def open_model(
     weights = "as stored"
     if codebook != AS_STORED and (adapter or codebook):
         options = settle(adapter, codebook, block_size, double_quant)
-        nested = ", double-quantized" if options.double_quant else ""
-        weights = f"{options.codebook}, block {options.block_size}{nested}"
+        if options.codebook != AS_STORED:
+            nested = ", double-quantized" if options.double_quant else ""
+            weights = f"{options.codebook}, block {options.block_size}{nested}"
     if "quantization_config" in source.config:
         weights = "as stored (4-bit)"
     model = load_model(source, quantize=options)

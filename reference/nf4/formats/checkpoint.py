@@ -20,6 +20,9 @@ Progress = Callable[
     [str, int, int], None
 ]  # called with a tensor's name, how many are done, how many there are
 
+AS_STORED = "none"
+"""In the place of a codebook: the linear layers are not quantized."""
+
 LINEAR_WEIGHT = re.compile(r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)\.weight")
 
 
@@ -53,7 +56,7 @@ class Checkpoint(Protocol):
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """How the linear layers are quantized (NF4-3, NF4-6)."""
+    """How the linear layers are quantized (NF4-3, NF4-6); not at all where codebook is AS_STORED."""
 
     block_size: int = 64
     codebook: str = "nf4"
@@ -92,10 +95,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def load_model(
     path: str | Path | Checkpoint, *, quantize: QuantizeOptions | None, progress: Progress | None = None
 ) -> "Llama":
-    """Load a model tensor by tensor: linear layers quantized unless `quantize` is None, the rest float32.
+    """Load a model tensor by tensor: linear layers quantized as `quantize` says, the rest float32.
 
-    Weights that are 4-bit already stay as they are. Raises InputError, naming the file and the tensor, on a
-    broken or unknown model and on NaN or infinity in a weight.
+    With None, or the codebook AS_STORED, the linear layers are float32 too. Weights that are 4-bit already
+    stay as they are. Raises InputError, naming the file and the tensor, on a broken or unknown model and on
+    NaN or infinity in a weight.
     """
     from nf4.model.config import LlamaConfig
     from nf4.model.llama import Llama
@@ -110,7 +114,7 @@ def load_model(
         value = source.read(name)
         if isinstance(value, QuantizedTensor):
             params[name] = value
-        elif quantize is not None and LINEAR_WEIGHT.fullmatch(name):
+        elif quantize is not None and quantize.codebook != AS_STORED and LINEAR_WEIGHT.fullmatch(name):
             params[name] = quantize_weight(source, name, value, quantize)
         else:
             check_finite(source, name, value)

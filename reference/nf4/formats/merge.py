@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from nf4.errors import InputError
 from nf4.formats.checkpoint import (
+    AS_STORED,
     LINEAR_WEIGHT,
     Checkpoint,
     Progress,
@@ -37,10 +38,10 @@ def write_merged(
     """Write the model with its adapters merged, as plain safetensors, tensor by tensor (NF4-8.8).
 
     onto: "original" adds to the weights as they are in src; "dequantized" to what they decode to after
-    quantization, which is what the adapters were trained on: src is 4-bit, or is quantized here by
-    `options`. Every weight is W + scale B A in float32, rounded once to the dtype it has in src. Raises
-    InputError if src is 4-bit and onto is "original", if an adapter fits no weight, and for an output that
-    exists.
+    quantization, which is what the adapters were trained on: src is 4-bit, or is quantized here by `options`
+    (which leave it as it is if their codebook is AS_STORED). Every weight is W + scale B A in float32,
+    rounded once to the dtype it has in src. Raises InputError if src is 4-bit and onto is "original", if an
+    adapter fits no weight, and for an output that exists.
     """
     names = parameter_names(src)
     for module in adapters:
@@ -48,6 +49,7 @@ def write_merged(
             raise InputError(
                 f"{src.path}: has no weight for the adapter of {module!r}; it is for another model"
             )
+    how = options or QuantizeOptions()
     specs = {name: TensorSpec(src.value_dtype(name), src.shape(name)) for name in names}
     config = {key: value for key, value in src.config.items() if key != "quantization_config"}
     config[dtype_key(src.config)] = model_dtype(src)
@@ -60,8 +62,8 @@ def write_merged(
                     f"{src.path}: tensor {name!r} is 4-bit; give the original model, or merge onto the "
                     "dequantized one"
                 )
-        elif onto == "dequantized" and LINEAR_WEIGHT.fullmatch(name):
-            value = quantize_weight(src, name, value, options or QuantizeOptions())
+        elif onto == "dequantized" and how.codebook != AS_STORED and LINEAR_WEIGHT.fullmatch(name):
+            value = quantize_weight(src, name, value, how)
         merged = merge_weight(value, adapters.get(name.removesuffix(".weight")))
         check_finite(src, name, merged)
         return {name: merged}

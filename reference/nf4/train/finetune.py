@@ -19,7 +19,7 @@ from nf4 import parallel
 from nf4.codebooks import CODEBOOKS
 from nf4.errors import CheckFailed, InputError
 from nf4.formats import peft
-from nf4.formats.checkpoint import QuantizeOptions, load_model, open_checkpoint
+from nf4.formats.checkpoint import AS_STORED, QuantizeOptions, load_model, open_checkpoint
 from nf4.formats.files import SafetensorsWriter, TensorSpec, check_output_directory
 from nf4.formats.tokenizer import Tokenizer
 from nf4.lora import LoRA, init_lora
@@ -108,7 +108,8 @@ class FinetuneOptions:
         if self.seed >= 1 << 64:
             raise InputError(f"--seed {self.seed}: it must be below 2^64")
         choices: dict[str, Any] = {
-            "codebook": CODEBOOKS, "schedule": SCHEDULES, "adapter_dtype": ADAPTER_DTYPES, "device": DEVICES
+            "codebook": [*CODEBOOKS, AS_STORED], "schedule": SCHEDULES, "adapter_dtype": ADAPTER_DTYPES,
+            "device": DEVICES,
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -172,8 +173,9 @@ class SavesTo(Protocol):
 def finetune(options: FinetuneOptions, report: Report | None = None) -> FinetuneResult:
     """Quantize a model, train LoRA adapters on it, and write them with log, picture and checkpoint.
 
-    Raises InputError for bad options, model, data or output directory, before anything is written, and
-    CheckFailed when the loss is no longer finite.
+    With the codebook "none" the model is not quantized: plain LoRA, to compare with. Raises InputError for
+    bad options, model, data or output directory, before anything is written, and CheckFailed when the loss is
+    no longer finite.
     """
     report = report or Report()
     options.check()
@@ -197,7 +199,8 @@ def finetune(options: FinetuneOptions, report: Report | None = None) -> Finetune
     ):
         if count:
             report.note(f"{count} of {total} examples {what}")
-    report.note(f"loading {options.model} in {options.codebook}, block {options.block_size}")
+    form = f"in {options.codebook}, block {options.block_size}"
+    report.note(f"loading {options.model} {'as stored' if options.codebook == AS_STORED else form}")
     quantized = QuantizeOptions(options.block_size, options.codebook, options.double_quant)
     base = load_model(source, quantize=quantized)
     adapters = new_adapters(base, options)

@@ -103,7 +103,7 @@ def over_groups(
     groups = split([len(example) for example in examples], threads)
     batches = [make_batch([examples[i] for i in group], [samples[i] for i in group]) for group in groups]
     # One thread in BLAS where the groups already use the cores.
-    with _blas_threads(threads if len(batches) == 1 else 1):
+    with blas_threads(threads if len(batches) == 1 else 1):
         return list(zip(groups, parallel.map_groups(work, batches), strict=True))
 
 
@@ -115,6 +115,7 @@ def _controller() -> Any:
 
 
 @contextmanager
-def _blas_threads(threads: int) -> Iterator[None]:
+def blas_threads(threads: int) -> Iterator[None]:
+    """Let BLAS use so many threads inside."""
     with _controller().limit(limits=threads, user_api="blas"):
         yield

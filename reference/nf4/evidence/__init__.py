@@ -1,0 +1,1 @@
+"""What NF4 promises, measured: grids compared, memory planned, pictures, a page to try it on."""
