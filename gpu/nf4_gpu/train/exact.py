@@ -15,8 +15,9 @@ from nf4.model.llama import Llama
 from nf4.train.adamw import AdamW, clip_factor
 from nf4.train.data import Example
 from nf4.train.engine import MicroBatch, Update
-from nf4.train.exact import PairwiseSum, count_targets, count_tokens
-from nf4.train.step import make_batch
+from nf4.train.exact import count_tokens
+from nf4.train.shares import PairwiseSum
+from nf4.train.step import count_targets, make_batch
 from numpy.typing import NDArray
 
 from nf4_gpu.arrays import KINDS
