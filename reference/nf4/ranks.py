@@ -29,7 +29,7 @@ _LAUNCHERS = (
 )
 _PATIENCE = 3.0  # seconds that a rank which ends waits for the others to end too
 _MESSAGE = 1 << 30  # bytes a message; MPI counts with 32 bits
-_HEAD, _BODY, _STOP = 1, 2, 3  # the tags of MpiRanks.results
+_HEAD, _BODY, _STOP = 1, 2, 3  # the tags of MpiRanks.collect
 
 
 class Ranks:
@@ -64,16 +64,19 @@ class Ranks:
         Between two ranks the arrays are met in their order.
         """
 
-    def results(
-        self, names: Sequence[str], weights: Mapping[str, int], work: Callable[[str], Tensors]
-    ) -> Iterator[tuple[str, Tensors]]:
-        """Call work on each name, on some rank; yield (name, its result) on rank 0, in any order.
+    def collect(
+        self,
+        names: Sequence[str],
+        weights: Mapping[str, int],
+        work: Callable[[str], Tensors],
+        consume: Callable[[Iterator[tuple[str, Tensors]]], None],
+    ) -> None:
+        """Call work on each name, on some rank; call consume on rank 0 with all (name, result), in any order.
 
-        weights: what work costs, by name; names without one are rank 0's. Other ranks yield nothing, and
-        leave errors to rank 0, which has to close the iterator before it meets them.
+        weights: what work costs, by name; names without one are rank 0's. Raises, on every rank, an
+        InputError or CheckFailed of work or of consume.
         """
-        for name in names:
-            yield name, work(name)
+        consume((name, work(name)) for name in names)
 
     def end(self, message: str, code: int) -> None:
         """Print why this rank ends. Where the others don't end too, end them, with that exit code."""
@@ -170,22 +173,39 @@ class MpiRanks(Ranks):
         requests += [self._comm.Isend(part, dest=rank) for rank, array in sends for part in _messages(array)]
         self._mpi.Request.Waitall(requests)
 
-    def results(
-        self, names: Sequence[str], weights: Mapping[str, int], work: Callable[[str], Tensors]
-    ) -> Iterator[tuple[str, Tensors]]:
-        """Call work on each name, on some rank; yield (name, its result) on rank 0, in any order."""
+    def collect(
+        self,
+        names: Sequence[str],
+        weights: Mapping[str, int],
+        work: Callable[[str], Tensors],
+        consume: Callable[[Iterator[tuple[str, Tensors]]], None],
+    ) -> None:
+        """Call work on each name, on some rank, and consume on rank 0 with each (name, its result)."""
         mine = deal(names, weights, self.size)[self.rank]
         if self.rank:
             self._contribute(mine, work)
-            return
+            self.first(lambda: None)
+        else:
+            self.first(lambda: self._collect(mine, work, consume))
+
+    def _collect(
+        self,
+        mine: Sequence[str],
+        work: Callable[[str], Tensors],
+        consume: Callable[[Iterator[tuple[str, Tensors]]], None],
+    ) -> None:
         working = set(range(1, self.size))
-        try:
+
+        def results() -> Iterator[tuple[str, Tensors]]:
             for name in mine:
                 while working and self._comm.iprobe(source=self._mpi.ANY_SOURCE, tag=_HEAD):
                     yield from self._receive(working)
                 yield name, work(name)
             while working:
                 yield from self._receive(working)
+
+        try:
+            consume(results())
         finally:
             for rank in range(1, self.size):  # where there was an error, they may stop before they are done
                 self._comm.send(None, dest=rank, tag=_STOP)

@@ -11,7 +11,7 @@ from nf4.model.llama import Llama
 from nf4.ranks import ALONE, Ranks
 from nf4.train.adamw import AdamW, clip_grad_norm
 from nf4.train.data import Example
-from nf4.train.shares import PairwiseSum, cut, flatten, share, total, unflatten
+from nf4.train.shares import PairwiseSum, cut, flatten, share, total_of_ranks, unflatten
 from nf4.train.step import count_targets, evaluate, train_step
 
 MicroBatch = tuple[Sequence[Example], Sequence[int]]
@@ -112,7 +112,7 @@ class FastEngine:
         own = PairwiseSum(first=ranks.rank)
         own.add(flatten([grads[name] for name in self.optimizer.params]))
         runs = [range(rank, rank + 1) for rank in range(ranks.size)]
-        return unflatten(total(own, runs, ranks.rank, ranks.exchange), self.optimizer.params)
+        return unflatten(total_of_ranks(own, runs, ranks.rank, ranks.exchange), self.optimizer.params)
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """Return the mean loss over the target tokens, in nats, without dropout."""

@@ -14,7 +14,7 @@ from nf4.ranks import ALONE, Ranks
 from nf4.train.adamw import AdamW, clip_grad_norm
 from nf4.train.data import Example
 from nf4.train.engine import MicroBatch, Update
-from nf4.train.shares import PairwiseSum, cut, flatten, share, total, unflatten
+from nf4.train.shares import PairwiseSum, cut, flatten, share, total_of_ranks, unflatten
 from nf4.train.step import count_targets, over_groups
 
 Float32 = NDArray[np.float32]
@@ -62,7 +62,7 @@ class ExactEngine:
         summed = PairwiseSum(first=runs[self._ranks.rank].start)
         losses = rows_of_all(self._ranks, lambda: self._losses_and_sum(mine, targets, summed))
         loss = mean_loss(losses, targets)
-        gradient = total(summed, runs, self._ranks.rank, self._ranks.exchange)
+        gradient = total_of_ranks(summed, runs, self._ranks.rank, self._ranks.exchange)
         return loss, unflatten(gradient, self.optimizer.params)
 
     def _losses_and_sum(

@@ -369,7 +369,7 @@ class _Loop:
         self.heldout = evenly(data.heldout, options.eval_sequences)
         self.identity = _identity(model, data, options, train, ranks.size)
         ranks.agree({name: self.identity[name] for name in ("train", "model", "data")})
-        self.engine = ranks.each(lambda: _engine(model, train, options, ranks))
+        self.engine = _engine(model, train, options, ranks)
         self.progress = snapshot.Progress()
         self.saved_step = 0
         self.log: TrainingLog | None = None
@@ -486,8 +486,8 @@ class _Loop:
         alike = exact or saved.get("ranks", 1) == self.ranks.size
         if not alike:
             self.report.note(
-                f"ranks, of which the last bits depend without --exact: it began on {saved.get('ranks', 1)} and "
-                f"goes on with {self.ranks.size}"
+                f"begun on {saved.get('ranks', 1)} ranks, continued on {self.ranks.size}: without --exact "
+                "its last bits depend on their number"
             )
         free = _FREE_IF_EXACT if exact else () if alike else ("threads",)
         pair = (_comparable(identity, free) for identity in (saved, self.identity))
@@ -616,18 +616,25 @@ def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptio
             raise InputError(
                 "--device cuda: it trains with --exact only; leave --device away, or add --exact"
             )
-        try:
-            from nf4_gpu.arrays import require_gpu
-
-            require_gpu()
-        except ImportError as error:
-            raise InputError(f"--device cuda: {error}") from error
+        ranks.each(_require_gpu)
+        from nf4_gpu.ranks import take_device
         from nf4_gpu.train.exact import ExactEngine as ExactEngineOnDevice
 
+        take_device(ranks)
         return ExactEngineOnDevice(model, **settings)
     if options.exact:
         return ExactEngine(model, **settings)
     return FastEngine(model, train, **settings)
+
+
+def _require_gpu() -> None:
+    """Raise InputError, with the reason, where there is no GPU or no CuPy."""
+    try:
+        from nf4_gpu.arrays import require_gpu
+
+        require_gpu()
+    except ImportError as error:
+        raise InputError(f"--device cuda: {error}") from error
 
 
 def _sample_prompt(example: Example) -> list[int]:

@@ -98,7 +98,7 @@ class Exchange(Protocol):
     def __call__(self, sends: Sequence[tuple[int, Any]], receives: Sequence[tuple[int, Any]]) -> None: ...  # noqa: D102
 
 
-def total(
+def total_of_ranks(
     own: PairwiseSum,
     runs: Sequence[range],
     rank: int,
