@@ -25,8 +25,8 @@ def take_device(ranks: Ranks) -> None:
         other = owners.setdefault(place, rank)
         if other != rank:
             raise InputError(
-                f"--device cuda: ranks {other} and {rank} on {place[0]} would share the GPU {place[1]}; start "
-                "as many ranks a host as it has GPUs (mpirun -n 2; srun --ntasks-per-node=2 --gpus-per-node=2)"
+                f"--device cuda: ranks {other} and {rank} on {place[0]} would share the GPU {place[1]}; "
+                "start as many ranks a host as it has GPUs (mpirun -n 2 on one with 2; srun --gpus-per-task=1)"
             )
 
 
