@@ -26,7 +26,7 @@ def take_device(ranks: Ranks) -> None:
         if other != rank:
             raise InputError(
                 f"--device cuda: ranks {other} and {rank} on {place[0]} would share the GPU {place[1]}; "
-                "start as many ranks a host as it has GPUs (mpirun -n 2 on one with 2; srun --gpus-per-task=1)"
+                "start as many ranks a host as it has GPUs, and no more (mpirun -n; srun --gpus-per-task=1)"
             )
 
 
