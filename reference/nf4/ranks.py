@@ -310,13 +310,13 @@ def started() -> Ranks:
     start = f"{launch.size} processes were started together ({launch.variable})"
     try:
         from mpi4py import MPI
-    except ImportError:
+    except ModuleNotFoundError:
         raise InputError(f"{start}, and mpi4py is missing: pip install 'nf4[mpi]'") from None
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"{start}, and mpi4py finds no MPI library ({reason}): install the MPI of that launcher, or load "
-            "its module, so that libmpi.so is in LD_LIBRARY_PATH; or name the library in MPI4PY_LIBMPI"
+            "its module, so that libmpi is in LD_LIBRARY_PATH; or name the library in MPI4PY_LIBMPI"
         ) from None
     if launch.size != MPI.COMM_WORLD.size:
         library = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0 ")

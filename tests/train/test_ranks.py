@@ -267,7 +267,7 @@ def test_an_interrupted_rank_lets_all_finish_the_step(
 ) -> None:
     out = tmp_path / "out"
     process, pids = running(openmpi, 2, out, "finetune", model, text)
-    os.kill(pids[1], signal.SIGTERM)
+    os.kill(pids[1], signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130
     assert said.count("go on with: nf4 finetune --resume") == 1

@@ -427,7 +427,7 @@ class _Loop:
             group_by_length=options.group_by_length,
         )
         self.report.start(self.progress.step, options.steps)
-        with self.log or nullcontext(), _interrupts(self.ranks) as interrupted:
+        with self.log or nullcontext(), _interrupts() as interrupted:
             while self.progress.step < options.steps and not self.ranks.any(interrupted()):
                 record = self._step(order)
                 self._write_log(record)
@@ -698,11 +698,8 @@ def _model_digest(model: Llama) -> str:
 
 
 @contextmanager
-def _interrupts(ranks: Ranks = ALONE) -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C end a run after the step in progress; a second one ends it at once.
-
-    Ranks take SIGTERM so, too: it is what a scheduler sends before it takes the processors away.
-    """
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C end a run after the step in progress; a second one ends it at once."""
     asked = False
 
     def ask(number: int, frame: object) -> None:
@@ -714,10 +711,8 @@ def _interrupts(ranks: Ranks = ALONE) -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # only there can signals be taken over
         yield lambda: False
         return
-    signals = [signal.SIGINT] if ranks.size == 1 else [signal.SIGINT, signal.SIGTERM]
-    before = [(number, signal.signal(number, ask)) for number in signals]
+    before = signal.signal(signal.SIGINT, ask)
     try:
         yield lambda: asked
     finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
