@@ -27,6 +27,8 @@ OPTIONS = (
     "-default-device",
     "--ptxas-options=--verbose",  # registers, shared memory and spills, in the log
 )
+OF_ONE_ARCHITECTURE = frozenset(("hopper_many.cu",))
+"""Sources with instructions that no other architecture has: compiled for sm_90a."""
 OLDEST = 75
 _SHARED_BY_DEFAULT = 48 << 10
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
@@ -41,7 +43,9 @@ def compile_kernels(
     """
     text = (ROOM / source).read_text("utf-8")
     headers = sorted(ROOM.rglob("*.cuh"))
-    options = (*OPTIONS, f"--gpu-architecture={kind}_{arch}", *(f"-D{k}={v}" for k, v in defines.items()))
+    own = "a" if source in OF_ONE_ARCHITECTURE else ""
+    given = (f"--gpu-architecture={kind}_{arch}{own}", *(f"-D{k}={v}" for k, v in defines.items()))
+    options = (*OPTIONS, *given)
     program = nvrtc.createProgram(
         text, source, tuple(h.read_bytes() for h in headers), tuple(_name(h) for h in headers)
     )

@@ -1,5 +1,6 @@
 """Double quantization of absmax on the device: launches of nested.cu."""
 
+from threading import get_ident
 from typing import Any
 
 import cupy
@@ -9,7 +10,8 @@ from nf4.nested import NESTED_BLOCK_SIZE, NestedAbsmax
 
 from nf4_gpu.arrays import address, scratch
 from nf4_gpu.codebooks import dynamic_map
-from nf4_gpu.compile import kernel, processors
+from nf4_gpu.compile import processors
+from nf4_gpu.launch import Calls, launcher
 
 _SOURCE = "nested.cu"
 _FLOAT32 = 0
@@ -40,25 +42,34 @@ def sum_absmax(absmax: cupy.ndarray) -> cupy.ndarray:
     device = runtime.getDevice()
     grid = min(-(-absmax.size // 256), processors(device) * 4)
     if grid:
-        kernel(device, _SOURCE, "sum_absmax", DTYPE=_FLOAT32)((grid,), (256,), (absmax, absmax.size, bins))
+        launcher(device, _SOURCE, "sum_absmax", DTYPE=_FLOAT32)((grid, 1), 256, (absmax, absmax.size, bins))
     return bins
 
 
-def encode_nested(absmax: Any, n: int, bins: cupy.ndarray, out: NestedAbsmax, status: int) -> None:
+def encode_nested(
+    absmax: Any, n: int, bins: cupy.ndarray, out: NestedAbsmax, status: int, calls: Calls | None = None
+) -> None:
     """Launch the 8-bit form of n absmax, not negative, with their sum in bins, into out (NF4-6.1 to NF4-6.3).
 
     status is the address of an int that is set where a finite absmax would decode to an infinity (NF4-6.6),
-    or 0.
+    or 0. calls keeps what is the same for the same out.
     """
     if n == 0:
         runtime.memsetAsync(address(out.offset), 0, 4, cupy.cuda.get_current_stream().ptr)
         return
     device = runtime.getDevice()
-    grid = min(-(-n // (8 * NESTED_BLOCK_SIZE)), processors(device) * 4)
-    function = kernel(device, _SOURCE, "encode_nested", DTYPE=_FLOAT32)
     aligned = address(absmax) % 16 == 0 and address(out.codes) % 8 == 0
-    results = (out.codes, out.absmax, out.offset, status)
-    function((grid,), (256,), (absmax, n, aligned, bins, *dynamic_map(device), *results))
+    key = ("encode_nested", get_ident(), device, aligned)
+    call = None if calls is None else calls.get(key)
+    if call is None:
+        grid = min(-(-n // (8 * NESTED_BLOCK_SIZE)), processors(device) * 4)
+        function = launcher(device, _SOURCE, "encode_nested", DTYPE=_FLOAT32)
+        results = (out.codes, out.absmax, out.offset, status)
+        call = function.prepare((grid, 1), 256, (absmax, n, aligned, bins, *dynamic_map(device), *results))
+        if calls is not None:
+            calls[key] = call
+    call.values[0], call.values[3], call.values[10] = address(absmax), address(bins), status
+    call()
 
 
 def decode_nested(nested: NestedAbsmax, out: cupy.ndarray) -> None:
@@ -68,5 +79,5 @@ def decode_nested(nested: NestedAbsmax, out: cupy.ndarray) -> None:
         defines = {"DTYPE": _FLOAT32}
         if nested.block_size != NESTED_BLOCK_SIZE:
             defines["NESTED_BLOCK"] = nested.block_size
-        function = kernel(runtime.getDevice(), _SOURCE, "decode_nested", **defines)
-        function((-(-n // 256),), (256,), (nested.codes, n, nested.absmax, nested.offset, nested.map, out))
+        function = launcher(runtime.getDevice(), _SOURCE, "decode_nested", **defines)
+        function((-(-n // 256), 1), 256, (nested.codes, n, nested.absmax, nested.offset, nested.map, out))

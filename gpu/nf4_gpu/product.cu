@@ -219,3 +219,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, TILES > 2 ? 1 : 2)
   product(x, rows, columns, codes, outputs, values, y, partial, counters,
           DoubleAbsmax{absmax_codes, nested_absmax, *offset, shared_map});
 }
+
+// The clause word by word, a thread an output: what the fast kernels are held against.
+extern "C" __global__ void multiply_plain(const Element* x, i64 rows, i64 columns, const u8* codes, i64 outputs,
+                                          const float* values, Element* y, const float* absmax) {
+  i64 at = (i64)blockIdx.x * blockDim.x + threadIdx.x, r = at / outputs, output = at % outputs;
+  if (r >= rows) return;
+  float sum = 0.f;
+  for (i64 k = 0; k < columns; k++) {
+    i64 i = output * columns + k;
+    float w = values[i % 2 ? codes[i / 2] & 15 : codes[i / 2] >> 4] * absmax[i / BLOCK];  // NF4-4.1
+    sum += widen(narrow(w)) * widen(x[r * columns + k]);
+  }
+  y[at] = narrow(sum);
+}

@@ -10,10 +10,12 @@ from nf4.floats import FLOAT32
 from nf4.nested import NESTED_BLOCK_SIZE, NestedAbsmax
 from nf4.tensor import QuantizedTensor
 
+from nf4_gpu import hopper
 from nf4_gpu.arrays import KINDS, address, check_output, on_device, scratch
 from nf4_gpu.blas import multiply
 from nf4_gpu.codebooks import tables
-from nf4_gpu.compile import capability, kernel, processors, shared_memory
+from nf4_gpu.compile import capability, processors, shared_memory
+from nf4_gpu.launch import launcher
 from nf4_gpu.tensor import check_tensor, dequantize
 
 FEW, FEW_OF_SMALL = 64, 32  # rows of x up to which the kernel beat decoding and cuBLAS (H100): of any weight,
@@ -36,6 +38,8 @@ def matmul(x: Any, q: QuantizedTensor, out: Any = None) -> cupy.ndarray:
     y = cupy.empty(shape, x.dtype) if out is None else check_output(out, (shape,), x.dtype)
     rows = y.size // outputs if outputs else 0
     if rows == 0:
+        return y
+    if hopper.multiply(x, rows, q, y):
         return y
     if _fits(x, rows, q):
         _few_rows(x, rows, q, y)
@@ -136,9 +140,22 @@ def _few_rows(x: cupy.ndarray, rows: int, q: QuantizedTensor, y: cupy.ndarray) -
             defines["NESTED_BLOCK"] = absmax.block_size
         scales = [absmax.codes, absmax.absmax, absmax.offset, absmax.map]
     shared = _shared_bytes(tiles, buffers)
-    function = kernel(device, "product.cu", name, shared, **defines)
+    function = launcher(device, "product.cu", name, shared, **defines)
     head = (x, rows, inputs, q.codes, outputs, tables(device, q.codebook).values, y, partial, counters)
-    function((groups, splits), (256,), (*head, *scales), shared_mem=shared)
+    function((groups, splits), 256, (*head, *scales))
+
+
+def matmul_plain(x: cupy.ndarray, q: QuantizedTensor, y: cupy.ndarray) -> None:
+    """Launch y = x W^T by the kernel that follows the clause word by word, for the tests.
+
+    x is float16 or bfloat16 [rows, in], the absmax of q not nested.
+    """
+    device = runtime.getDevice()
+    outputs, inputs = q.shape
+    defines = {"DTYPE": KINDS[x.dtype], "BLOCK": q.block_size, "TILES": 1}
+    function = launcher(device, "product.cu", "multiply_plain", **defines)
+    head = (x, len(x), inputs, q.codes, outputs, tables(device, q.codebook).values, y, q.absmax)
+    function((-(-y.size // 128), 1), 128, head)
 
 
 def _many_rows(x: cupy.ndarray, q: QuantizedTensor, y: cupy.ndarray, transposed: bool) -> None:

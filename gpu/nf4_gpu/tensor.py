@@ -20,6 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from nf4_gpu.arrays import check_output, on_device, scratch
 from nf4_gpu.blockwise import decode, encode
 from nf4_gpu.codebooks import dynamic_map
+from nf4_gpu.launch import Kept
 from nf4_gpu.nested import decode_nested, empty_nested, encode_nested, take_bins
 
 _thread = threading.local()
@@ -45,20 +46,23 @@ def quantize(
     check_dtype(x.dtype)
     check_block_size(block_size)
     book = get_codebook(codebook)
+    calls = None
     if out is None:
         out = _empty(x.shape, x.dtype, block_size, book, double_quant)
     else:
         _check_like(out, x, block_size, book, double_quant)
+        calls = kept(out).calls
+        kept(out).settled.clear()
     waiting = check and not cupy.cuda.get_current_stream().is_capturing()
     refused, not_finite, would_overflow = _refusals() if waiting else (None, 0, 0)
     if isinstance(out.absmax, NestedAbsmax):
         blocks = out.absmax.codes.size
         absmax = scratch.take("absmax", blocks, cupy.float32)
         bins = take_bins()
-        encode(x, block_size, book, out.codes, absmax, not_finite, bins)
-        encode_nested(absmax, blocks, bins, out.absmax, would_overflow)
+        encode(x, block_size, book, out.codes, absmax, not_finite, bins, calls)
+        encode_nested(absmax, blocks, bins, out.absmax, would_overflow, calls)
     else:
-        encode(x, block_size, book, out.codes, out.absmax, not_finite)
+        encode(x, block_size, book, out.codes, out.absmax, not_finite, calls=calls)
     if refused is not None:
         cupy.cuda.get_current_stream().synchronize()
         if refused.any():
@@ -83,7 +87,7 @@ def dequantize(q: QuantizedTensor, dtype: DTypeLike | None = None, out: Any = No
     check_dtype(kind)
     check_tensor(q)
     out = cupy.empty(q.shape, kind) if out is None else check_output(out, (q.shape, (q.size,)), kind)
-    decode(q.codes, q.absmax, q.block_size, q.codebook, out)
+    decode(q.codes, q.absmax, q.block_size, q.codebook, out, kept(q).calls)
     return out
 
 
@@ -153,6 +157,14 @@ def check_tensor(q: QuantizedTensor) -> None:
     else:
         on_device(q.absmax, "the absmax of the quantized tensor")
     vars(q)["_checked_on"] = device
+
+
+def kept(q: QuantizedTensor) -> Kept:
+    """Return what q keeps."""
+    found: Kept | None = vars(q).get("_kept")
+    if found is None:
+        found = vars(q)["_kept"] = Kept()
+    return found
 
 
 def _nested(move: Callable[[Any], Any], absmax: NestedAbsmax, offset: Any, table: Any) -> NestedAbsmax:

@@ -1,9 +1,13 @@
 """Fixtures of the GPU's tests: they skip where there is no GPU, unless NF4_REQUIRE_GPU=1 demands one."""
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))  # its step on a real model
 
 
 @pytest.fixture(scope="session")

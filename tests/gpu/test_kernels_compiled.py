@@ -4,15 +4,22 @@ import re
 from itertools import product
 
 import pytest
+from nf4_gpu import hopper
 from nf4_gpu.compile import ROOM, compile_kernels
 
-NEWEST_MEASURED = 90  # where each combination is compiled; the other architectures get a few
+HOPPER = 90
+NEWEST_MEASURED = HOPPER  # where each combination is compiled; the other architectures get a few
 OTHERS = (75, 80, 100, 120)
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 BLOCK_SIZES = (32, 64, 512, 4096)  # which differ in code
 TILES = (1, 2, 4, 8)
 FORBIDDEN = re.compile(r"\S*(?:\.ftz|\.approx|div\.full)\S*")
 FUSED = re.compile(r"\b(?:fma|mad)\.(?:r[nzmp]\.)?(?:f16|bf16|f32|f64)\S*")
+
+EXACT = ("exact/elementary.cu", "exact/linear.cu", "exact/ops.cu", "train/exact.cu")
+VALUED = ("exact/attention.cu", "exact/grid.cu")
+SUMS_ON_GRIDS = {"fma.rn.f64"}
+"""Where terms lie on grids no order and no fusion can be seen (NF4-14.3)."""
 
 Case = tuple[str, int, dict[str, int]]
 
@@ -24,16 +31,32 @@ def cases() -> list[Case]:
     for dtype, block, tiles in product((1, 2), (32, 64), TILES):
         found.append(("product.cu", NEWEST_MEASURED, {"DTYPE": dtype, "BLOCK": block, "TILES": tiles}))
     found.append(("product.cu", NEWEST_MEASURED, {"DTYPE": 2, "BLOCK": 4096, "TILES": 1}))
+    for dtype, rows, outputs in product((1, 2), (8, 16, 32, 64), (1024, 4096, 8192, 28672)):
+        few = hopper.choose_few(min(rows, 16), outputs, 132).defines()
+        found.append(("hopper_few.cu", HOPPER, {"DTYPE": dtype, "BLOCK": 64, **few}))
+        many = hopper.choose_many(rows, outputs, 132).defines()
+        found.append(("hopper_many.cu", HOPPER, {"DTYPE": dtype, "BLOCK": 64, **many}))
+    for block in (128, 4096):
+        found.append(("hopper_few.cu", HOPPER, {"DTYPE": 2, "BLOCK": block, "MT": 2, "TILES": 1}))
     for arch in OTHERS:
         for dtype, block in ((0, 64), (1, 4096), (2, 512)):
             found.append(("blockwise.cu", arch, {"DTYPE": dtype, "BLOCK": block, "SUM": 1}))
         if arch >= 80:
             found += [("product.cu", arch, {"DTYPE": 2, "BLOCK": 64, "TILES": tiles}) for tiles in TILES]
             found.append(("product.cu", arch, {"DTYPE": 2, "BLOCK": 64, "TILES": 2, "BUFFERS": 2}))
+    for lanes, values in ((32, 1), (32, 20), (256, 16)):
+        for dtype in DTYPES.values():
+            defines = {"DTYPE": dtype, "LANES": lanes, "VALUES": values}
+            found.append(("exact/grid.cu", NEWEST_MEASURED, defines))
+    for lanes, values in ((32, 4), (32, 32), (256, 8), (256, 16)):
+        found.append(("exact/attention.cu", NEWEST_MEASURED, {"DTYPE": 0, "LANES": lanes, "VALUES": values}))
+    for arch in OTHERS:
+        found += [(source, arch, {"DTYPE": 0, "LANES": 32, "VALUES": 16}) for source in VALUED]
     for arch in (NEWEST_MEASURED, *OTHERS):
+        found += [(source, arch, {"DTYPE": 2}) for source in EXACT]
         found.append(("nested.cu", arch, {"DTYPE": 0}))
         found += [("random.cu", arch, {"DTYPE": dtype}) for dtype in DTYPES.values()]
-    return found
+    return [case for i, case in enumerate(found) if case not in found[:i]]
 
 
 def name(case: Case) -> str:
@@ -48,6 +71,7 @@ def test_a_kernel_compiles_without_spills(case: Case) -> None:
     spilled = re.findall(r"(\d+) bytes spill", log)
     assert spilled, log
     assert set(spilled + re.findall(r"(\d+) bytes stack", log)) == {"0"}, log
+    assert "C75" not in log, log  # that warpgroup products wait for one another
 
 
 @pytest.mark.parametrize(
@@ -62,6 +86,8 @@ def test_a_kernel_compiles_without_spills(case: Case) -> None:
         ("blockwise.cu", 90, {"DTYPE": 2, "BLOCK": 4096}),
         ("nested.cu", 75, {"DTYPE": 0}),
         ("nested.cu", 90, {"DTYPE": 0}),
+        *((source, arch, {"DTYPE": 2}) for source in EXACT for arch in (75, 90)),
+        *((source, 90, {"DTYPE": 2, "LANES": 32, "VALUES": 16}) for source in VALUED),
     ],
 )
 def test_exact_kernels_neither_flush_nor_approximate_nor_fuse(
@@ -70,14 +96,34 @@ def test_exact_kernels_neither_flush_nor_approximate_nor_fuse(
     text = compile_kernels(source, arch, defines, "compute")[0].decode()
     assert ".entry" in text
     assert not FORBIDDEN.findall(text)
-    assert not FUSED.findall(text)
+    assert set(FUSED.findall(text)) == (SUMS_ON_GRIDS if source == "exact/linear.cu" else set())
 
 
 @pytest.mark.parametrize("dtype", [1, 2])
-def test_the_product_neither_flushes_nor_approximates(dtype: int) -> None:
-    text = compile_kernels("product.cu", 90, {"DTYPE": dtype, "BLOCK": 64, "TILES": 2}, "compute")[0].decode()
-    assert "mma.sync" in text
+@pytest.mark.parametrize(
+    ("source", "defines", "instruction"),
+    [
+        ("product.cu", {"TILES": 2}, "mma.sync"),
+        ("hopper_few.cu", {"MT": 4, "TILES": 1}, "mma.sync"),
+        ("hopper_many.cu", hopper.choose_many(32, 8192, 132).defines(), "wgmma.mma_async"),
+    ],
+)
+def test_products_neither_flush_nor_approximate(
+    source: str, defines: dict[str, int], instruction: str, dtype: int
+) -> None:
+    text = compile_kernels(source, 90, {"DTYPE": dtype, "BLOCK": 64, **defines}, "compute")[0].decode()
+    assert instruction in text
     assert not FORBIDDEN.findall(text)
+
+
+@pytest.mark.parametrize("outputs", [1, 64, 1000, 4096, 8192, 28672, 128256])
+@pytest.mark.parametrize("rows", [1, 9, 17, 33])
+def test_what_hopper_is_given_fits_its_shared_memory(rows: int, outputs: int) -> None:
+    most = 227 << 10
+    assert hopper.choose_few(min(rows, 16), outputs, 132).shared_bytes() <= most
+    many = hopper.choose_many(rows, outputs, 132)
+    assert many.shared_bytes() <= most
+    assert many.stages % many.along_columns == 0  # each stage stays with its warpgroups
 
 
 def test_what_is_forbidden_is_found() -> None:
@@ -89,7 +135,9 @@ def test_what_is_forbidden_is_found() -> None:
 
 
 def test_every_kernel_file_is_compiled_here() -> None:
-    assert {source for source, _, _ in cases()} == {path.name for path in ROOM.glob("*.cu")}
+    assert {source for source, _, _ in cases()} == {
+        path.relative_to(ROOM).as_posix() for path in ROOM.rglob("*.cu")
+    }
 
 
 def test_a_mistake_is_shown_with_the_compilers_words() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import smollm2
 import torch
 import transformers
 from click.testing import CliRunner
@@ -18,6 +19,7 @@ from nf4.lora import LoRA, init_lora
 from nf4.model.llama import TARGETS, Llama
 from nf4.tensor import QuantizedTensor, dequantize
 from nf4.train.data import Example, load_data
+from nf4.train.exact import ExactEngine
 from nf4.train.step import make_batch
 
 
@@ -136,3 +138,13 @@ def test_a_real_run(gguf: Path, quantized: Llama, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = their_loss(theirs, examples).item()
     assert ours.loss(make_batch(examples, range(4))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_exact_step_has_the_pinned_gradients(gguf: Path, quantized: Llama) -> None:
+    """Those that the GPU gives, too (tests/gpu/test_exact_on_gpu.py)."""
+    model = Llama(quantized.config, quantized.params, smollm2.adapters(quantized))
+    engine = ExactEngine(
+        model, batch_size=1, max_grad_norm=0.0, weight_decay=0.0, checkpointing=False, seed=0, threads=2
+    )
+    example = smollm2.example(bundled.FINETUNE_TEXT.read_bytes(), model)
+    assert smollm2.digest(*engine.gradients([([example], [0])])) == smollm2.PINNED

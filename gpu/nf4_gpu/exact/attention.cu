@@ -20,13 +20,13 @@ extern "C" __global__ void gather(const float* __restrict__ x, int n, int groups
   for (int c = threadIdx.x % 32; c < d; c += 32) out[row * d + c] = x[c];
 }
 
-// The way back, from the sums of a product, its pieces `stride` apart.
-extern "C" __global__ void scatter(const double* __restrict__ sums, i64 stride, int pieces, int n, int groups, int group,
-                                   int d, i64 rows, float* __restrict__ out) {
+// The way back, from the sums of a product.
+extern "C" __global__ void scatter(const double* __restrict__ sums, int n, int groups, int group, int d, i64 rows,
+                                   float* __restrict__ out) {
   i64 row = (i64)blockIdx.x * 8 + threadIdx.x / 32;
   if (row >= rows) return;
   out += row_of_heads(row, n, groups, group) * d;
-  for (int c = threadIdx.x % 32; c < d; c += 32) out[c] = finished(sum_of_pieces(sums + row * d + c, stride, pieces));
+  for (int c = threadIdx.x % 32; c < d; c += 32) out[c] = finished(sums[row * d + c]);
 }
 
 #if LANES == 32

@@ -88,13 +88,12 @@ class _Part:
         return out
 
     def scatter(self, found: cupy.ndarray, out: cupy.ndarray, grouped: bool) -> None:
-        """The product of these sums [pieces, batch, group * n, dim] as rows of heads."""
+        """The product of these sums [batch, group * n, dim] as rows of heads."""
         group = self.heads.group if grouped else 1
         rows_ = self.batch * group * self.n
         function = kernel(runtime.getDevice(), "exact/attention.cu", "scatter", DTYPE=0, LANES=32, VALUES=4)
-        head = (found, np.int64(found[0].size), np.int32(len(found)))
         tail = (*self._sizes(group), np.int64(rows_), out[self.rows])
-        function((-(-rows_ // 8),), (256,), (*head, *tail))
+        function((-(-rows_ // 8),), (256,), (found, *tail))
 
     def _sizes(self, group: int) -> tuple[np.int32, ...]:
         return np.int32(self.n), np.int32(self.heads.kv_heads), np.int32(group), np.int32(self.heads.dim)
@@ -120,16 +119,16 @@ def _probabilities(
     left = rows(queries, space.take("left", queries.shape, np.float64))
     right = rows(keys, space.take("right", keys.shape, np.float64))
     found = sums(left, right.mT, space, "scores")
-    p = space.take("p", found.shape[1:], np.float32)
+    p = space.take("p", found.shape, np.float32)
     n, seen = part.n, np.int32(part.n if window is None else window)
-    if n > PIECE or len(found) > 1:
+    if n > PIECE:
         finish(found, p, _scale(part.heads))
         _launch("hide", n, p.size, p, np.int64(p.size), np.int32(n), seen)
         ops.softmax(p)
-        return p, rows(p, found[0])
+        return p, rows(p, found)
     tail = (np.int64(p.size // n), np.int32(n), seen, np.float32(_scale(part.heads)), product_bits_of(n))
     _launch("probabilities", n, p.size // n * _lanes(n)[0], found, *tail, p, status())
-    return p, found[0]
+    return p, found
 
 
 def _scores_backward(
@@ -138,13 +137,13 @@ def _scores_backward(
     """e float32 [batch, group * n, n] of the sums of the gradient of p, and e on the grids of its rows."""
     e = space.take("e", p.shape, np.float32)
     n, seen = part.n, np.int32(part.n if window is None else window)
-    if n > PIECE or len(found) > 1:
+    if n > PIECE:
         finish(found, e)
         ops.softmax_backward(e, p, _scale(part.heads))
-        return e, rows(e, found[0])
+        return e, rows(e, found)
     tail = (np.int64(p.size // n), np.int32(n), seen, np.float32(_scale(part.heads)), product_bits_of(n))
     _launch("scores_backward", n, p.size // n * _lanes(n)[0], found, p, *tail, e, status())
-    return e, found[0]
+    return e, found
 
 
 def _scale(heads: Heads) -> float:

@@ -61,13 +61,17 @@ extern "C" __global__ void columns(const Element* __restrict__ x, int k, int n, 
   for (int i = first + lane; i < last; i += 64) out[i * ldo] = on_grid(widen(x[i * ldx]), big);
 }
 
-// y [rows, columns] from the sums of a product, a row every ld, its pieces `stride` apart; times factor, by RN. A block
-// takes a row.
-extern "C" __global__ void finish(const double* sums, i64 columns, i64 ld, i64 stride, int pieces, float factor, float* y) {
+// Of a product in several pieces, their sums [n] each, `stride` apart: the sum over the first (NF4-14.3).
+extern "C" __global__ void combine(double* sums, i64 n, i64 stride, int pieces) {
+  i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) sums[i] = sum_of_pieces(sums + i, stride, pieces);
+}
+
+// y [rows, columns] from the sums of a product, a row every ld; times factor, by RN. A block takes a row.
+extern "C" __global__ void finish(const double* sums, i64 columns, i64 ld, float factor, float* y) {
   sums += blockIdx.x * ld;
   y += blockIdx.x * columns;
-  for (i64 i = threadIdx.x; i < columns; i += blockDim.x)
-    y[i] = finished(sum_of_pieces(sums + i, stride, pieces)) * factor;
+  for (i64 i = threadIdx.x; i < columns; i += blockDim.x) y[i] = finished(sums[i]) * factor;
 }
 
 // The sums of the squares of pieces of PIECE elements: a block a piece. starts [blocks + 1] says where each begins.

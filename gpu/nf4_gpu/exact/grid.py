@@ -80,10 +80,7 @@ def product_bits_of(k: int) -> np.int32:
 
 
 def sums(left: cupy.ndarray, right: cupy.ndarray, space: Space, name: str = "sums") -> cupy.ndarray:
-    """The sums of left [..., M, K] times right [..., K, N], both on their grids: float64 [pieces, ..., M, N].
-
-    Of K above PIECE they are those of the pieces, which finish and others add up (NF4-14.3).
-    """
+    """The sums of left [..., M, K] times right [..., K, N], on grids: float64 [..., M, N] (NF4-14.3)."""
     k = left.shape[-1]
     pieces = max(1, -(-k // PIECE))
     out = space.take(name, (pieces, *left.shape[:-1], right.shape[-1]), np.float64)
@@ -91,16 +88,19 @@ def sums(left: cupy.ndarray, right: cupy.ndarray, space: Space, name: str = "sum
         out.fill(0)
     for i in range(0, k, PIECE):
         multiply_float64(left[..., i : i + PIECE], right[..., i : i + PIECE, :], out[i // PIECE])
-    return out
+    if pieces > 1 and out.size:
+        n = out[0].size
+        _kernel("combine", out)((-(-n // 256),), (256,), (out, np.int64(n), np.int64(n), np.int32(pieces)))
+    found: cupy.ndarray = out[0]
+    return found
 
 
 def finish(found: cupy.ndarray, out: cupy.ndarray, factor: float = 1.0) -> cupy.ndarray:
-    """The product whose sums [pieces, ...] these are, times factor, into out float32 [...] (NF4-14.3)."""
+    """The product whose sums [..., N] these are, times factor, into out float32 [..., N] (NF4-14.3)."""
     n = found.shape[-1]
     if out.size:
-        head = found, np.int64(n), _ld(found), _stride(found), np.int32(len(found))
-        function = _kernel("finish", out)
-        function((out.size // n,), (64 if n <= 256 else 256,), (*head, np.float32(factor), out))
+        head = found, np.int64(n), _ld(found), np.float32(factor), out
+        _kernel("finish", out)((out.size // n,), (64 if n <= 256 else 256,), head)
     return out
 
 
@@ -126,15 +126,10 @@ def squares(x: cupy.ndarray, starts: cupy.ndarray, space: Space) -> cupy.ndarray
 
 
 def _kernel(name: str, x: cupy.ndarray, LANES: int = 32, VALUES: int = 1) -> Any:
-    defines = {"DTYPE": KINDS[x.dtype], "LANES": LANES, "VALUES": VALUES}
+    defines = {"DTYPE": KINDS.get(x.dtype, 0), "LANES": LANES, "VALUES": VALUES}
     return kernel(runtime.getDevice(), _SOURCE, name, **defines)
 
 
 def _ld(x: cupy.ndarray) -> np.int64:
     """The elements from one row to the next."""
     return np.int64(x.strides[-2] // x.itemsize if x.ndim > 1 else x.size)
-
-
-def _stride(found: cupy.ndarray) -> np.int64:
-    """The elements from one piece to the next."""
-    return np.int64(found.strides[0] // found.itemsize)

@@ -41,7 +41,7 @@ def head(
         y, rstd = ops.rms_norm(part, norm, eps)
         left = rows(y, space.take("left", y.shape, np.float64))
         found = sums(left, rows(plain, wide).mT, space)
-        logits = finish(found, space.take("logits", found.shape[1:], np.float32))
+        logits = finish(found, space.take("logits", found.shape, np.float32))
         losses[at] = ops.cross_entropy(logits, targets, scale)
         if dx is not None:
             left = rows(logits, space.take("logits", logits.shape, np.float64))

@@ -5,23 +5,27 @@
 
 #define RANKS 16     // of an adapter that a block takes
 #define WARPS 16     // of a block of gradient
-#define TOKENS 128   // of a sequence whose left rows are held at a time: EACH of a warp
-#define EACH 8
-#define TURNS 4      // so many tokens a thread holds of its column: TURNS * EACH
+#if __CUDA_ARCH__ >= 900
+#define EACH 32      // tokens of a warp that are held at a time, in registers
+#else
+#define EACH 16
+#endif
+#define TOKENS (WARPS * EACH)
 #define ROW_WARPS 8  // of a block that takes a row a warp
 #define ROWS 8       // of a block of finish_linear
 #define COLUMNS 128
+#define GROUPS 4
 #define FACTORS 16   // of a row of left, at a time
 
 // Sums [rows, r], a row every ld -> z = factor times the product, and z on the grids of its rows. A warp takes a row.
-extern "C" __global__ void low_rank(const double* sums, i64 rows, int r, i64 ld, i64 stride, int pieces, float factor, int bits,
-                                    float* z, double* gridded, int* status) {
+extern "C" __global__ void low_rank(const double* sums, i64 rows, int r, i64 ld, float factor, int bits, float* z,
+                                    double* gridded, int* status) {
   i64 row = (i64)blockIdx.x * ROW_WARPS + threadIdx.x / 32;
   int lane = threadIdx.x % 32;
   if (row >= rows) return;
   u32 top = 0;
   for (int i = lane; i < r; i += 32) {
-    float value = finished(sum_of_pieces(sums + row * ld + i, stride, pieces)) * factor;
+    float value = finished(sums[row * ld + i]) * factor;
     z[row * r + i] = value;
     top = max(top, magnitude(value));
   }
@@ -42,53 +46,52 @@ extern "C" __global__ void transposed(const Element* b, int n, int r, int bits, 
 }
 
 // y [rows, n] = the product of which these are the sums, + bias, + the product of left [rows, r] and right [r, n], both on
-// their grids; add: added to y. bias and left may be null; sums too, for the low-rank product alone. A block takes ROWS
-// rows and COLUMNS columns.
-extern "C" __global__ void __launch_bounds__(COLUMNS, 4)
-    finish_linear(const double* __restrict__ sums, i64 rows, int n, i64 ld, i64 stride, int pieces,
-                  const float* __restrict__ bias, const double* __restrict__ left, const double* __restrict__ right, int r,
-                  bool add, float* __restrict__ y) {
+// their grids; add: added to y. bias and left may be null; sums too, for the low-rank product alone. A block takes GROUPS
+// times ROWS rows and COLUMNS columns.
+extern "C" __global__ void __launch_bounds__(COLUMNS)
+    finish_linear(const double* __restrict__ sums, i64 rows, int n, i64 ld, const float* __restrict__ bias,
+                  const double* __restrict__ left, const double* __restrict__ right, int r, bool add,
+                  float* __restrict__ y) {
   __shared__ __align__(16) double tile[ROWS][FACTORS];
   int column = blockIdx.x * COLUMNS + threadIdx.x;
-  i64 first = (i64)blockIdx.y * ROWS;
   bool there = column < n;
-  y += first * n + column;
-  // What comes from memory comes first.
-  double high[ROWS], low[ROWS] = {};
+  float own = there && bias ? bias[column] : 0.f;
+  i64 first = (i64)blockIdx.y * (GROUPS * ROWS);
+  for (int group = 0; group < GROUPS && first < rows; group++, first += ROWS) {
+    double high[ROWS], low[ROWS] = {};
 #pragma unroll
-  for (int i = 0; i < ROWS; i++) {
-    bool mine = there && first + i < rows;
-    high[i] = mine && sums ? sum_of_pieces(sums + (first + i) * ld + column, stride, pieces) : 0;
-  }
-  if (left)
-    for (int k0 = 0; k0 < r; k0 += FACTORS) {
-      double factors[FACTORS];
-#pragma unroll
-      for (int k = 0; k < FACTORS; k++) factors[k] = there && k0 + k < r ? right[(i64)(k0 + k) * n + column] : 0;
+    for (int i = 0; i < ROWS; i++)
+      high[i] = there && first + i < rows && sums ? __ldcs(sums + (first + i) * ld + column) : 0;
+    for (int k0 = 0; left && k0 < r; k0 += FACTORS) {
       __syncthreads();
       for (int i = threadIdx.x; i < ROWS * FACTORS; i += COLUMNS) {
         int row = i / FACTORS, k = i % FACTORS;
         tile[row][k] = k0 + k < r && first + row < rows ? left[(first + row) * r + k0 + k] : 0;
       }
       __syncthreads();
+      if (there)
+#pragma unroll 4
+        for (int k = 0; k < min(FACTORS, r - k0); k += 2) {  // two at once: of an odd number the last meets a zero
+          double one = right[(i64)(k0 + k) * n + column];
+          double two = k0 + k + 1 < r ? right[(i64)(k0 + k + 1) * n + column] : 0;
 #pragma unroll
-      for (int k = 0; k < FACTORS; k += 2)
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-          double2 pair = *(const double2*)&tile[i][k];
-          low[i] = __fma_rn(pair.y, factors[k + 1], __fma_rn(pair.x, factors[k], low[i]));
+          for (int i = 0; i < ROWS; i++) {
+            double2 pair = *(const double2*)&tile[i][k];
+            low[i] = __fma_rn(pair.y, two, __fma_rn(pair.x, one, low[i]));
+          }
         }
     }
-  float own = there && bias ? bias[column] : 0.f;
 #pragma unroll
-  for (int i = 0; i < ROWS; i++) {
-    float value = finished(low[i]);
-    if (sums) {
-      float product = finished(high[i]);
-      if (bias) product = product + own;
-      value = left ? product + value : product;
+    for (int i = 0; i < ROWS; i++) {
+      float value = finished(low[i]);
+      if (sums) {
+        float product = finished(high[i]);
+        if (bias) product = product + own;
+        value = left ? product + value : product;
+      }
+      float* to = y + (first + i) * n + column;
+      if (there && first + i < rows) *to = add ? *to + value : value;
     }
-    if (there && first + i < rows) y[(i64)i * n] = add ? y[(i64)i * n] + value : value;
   }
 }
 
@@ -100,7 +103,7 @@ __device__ __forceinline__ int bits_of(int k) { return min(24, (53 - (k > 1 ? 32
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     gradient(const float* __restrict__ left, const float* __restrict__ right, const int* __restrict__ starts, int r, int c,
              float* __restrict__ out, i64 next, i64 by_left, i64 by_right, int* status) {
-  __shared__ __align__(16) double memory[TOKENS * RANKS];  // of left; then, for half of the warps at a time, sums
+  extern __shared__ __align__(16) double memory[];  // [TOKENS][RANKS] of left, then the warps' sums
   __shared__ u32 tops[WARPS * 32];
   __shared__ double bigs[RANKS];
   int start = starts[blockIdx.z], n = starts[blockIdx.z + 1] - start, bits = bits_of(n);
@@ -110,19 +113,19 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   left += (i64)start * r;
   right += (i64)start * c + column;
 
-  float x[TURNS][EACH];
+  float x[EACH];
   auto load = [&](int first) {  // of the tokens from first on
 #pragma unroll
-    for (int i = 0; i < TURNS * EACH; i++) {
+    for (int i = 0; i < EACH; i++) {
       int t = first + i * WARPS + warp;
-      x[i / EACH][i % EACH] = there && t < n ? right[(i64)t * c] : 0.f;
+      x[i] = there && t < n ? right[(i64)t * c] : 0.f;
     }
   };
   u32 top = 0, own = 0;
-  for (int first = (n - 1) / (TURNS * TOKENS) * (TURNS * TOKENS); first >= 0; first -= TURNS * TOKENS) {
+  for (int first = (n - 1) / TOKENS * TOKENS; first >= 0; first -= TOKENS) {
     load(first);  // the last time those that come first
 #pragma unroll
-    for (int i = 0; i < TURNS * EACH; i++) own = max(own, magnitude(x[i / EACH][i % EACH]));
+    for (int i = 0; i < EACH; i++) own = max(own, magnitude(x[i]));
   }
   if (rank < r)
 #pragma unroll 8
@@ -139,43 +142,36 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
   for (int i = 0; i < WARPS; i++) own = max(own, tops[i * 32 + lane]);
   double big = magic(checked(own, status), bits), sum[RANKS] = {};
 
-  for (int first = 0; first < n; first += TURNS * TOKENS) {
+  for (int first = 0; first < n; first += TOKENS) {
     if (first) load(first);
+    __syncthreads();
+#pragma unroll 8
+    for (int i = threadIdx.x; i < min(TOKENS, n - first) * RANKS; i += WARPS * 32) {
+      int k = rank0 + i % RANKS;
+      memory[i] = k < r ? on_grid(left[(i64)(first + i / RANKS) * r + k], bigs[i % RANKS]) : 0;
+    }
+    __syncthreads();
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-      int start = first + turn * TOKENS;
-      if (start >= n) break;
-      __syncthreads();
-      for (int i = threadIdx.x; i < TOKENS * RANKS; i += WARPS * 32) {
-        int t = start + i / RANKS, k = i % RANKS;
-        memory[i] = t < n && rank0 + k < r ? on_grid(left[(i64)t * r + rank0 + k], bigs[k]) : 0;
-      }
-      __syncthreads();
+    for (int i = 0; i < EACH; i++) {
+      if (first + i * WARPS + warp >= n) break;
+      double wide = on_grid(x[i], big);
+      const double2* factors = (const double2*)(memory + (i * WARPS + warp) * RANKS);
 #pragma unroll
-      for (int i = 0; i < EACH; i++) {
-        double wide = on_grid(x[turn][i], big);
-        const double2* factors = (const double2*)(memory + (i * WARPS + warp) * RANKS);
-#pragma unroll
-        for (int k = 0; k < RANKS / 2; k++) {
-          double2 pair = factors[k];
-          sum[2 * k] = __fma_rn(wide, pair.x, sum[2 * k]);
-          sum[2 * k + 1] = __fma_rn(wide, pair.y, sum[2 * k + 1]);
-        }
+      for (int k = 0; k < RANKS / 2; k++) {
+        double2 pair = factors[k];
+        sum[2 * k] = __fma_rn(wide, pair.x, sum[2 * k]);
+        sum[2 * k + 1] = __fma_rn(wide, pair.y, sum[2 * k + 1]);
       }
     }
   }
-  // The warps' sums, by halves: [WARPS / 2][RANKS][32] would not fit, so RANKS / 4 of them at a time.
-  for (int k0 = 0; k0 < RANKS; k0 += RANKS / 4) {
-    __syncthreads();
+  __syncthreads();
 #pragma unroll
-    for (int k = 0; k < RANKS; k++)
-      if (k / (RANKS / 4) == k0 / (RANKS / 4)) memory[(warp * (RANKS / 4) + k % (RANKS / 4)) * 32 + lane] = sum[k];
-    __syncthreads();
-    if (threadIdx.x < RANKS / 4 * 32) {
-      int k = threadIdx.x / 32;
-      double all = 0;
-      for (int w = 0; w < WARPS; w++) all = __dadd_rn(all, memory[(w * (RANKS / 4) + k) * 32 + lane]);
-      if (there && rank0 + k0 + k < r) out[blockIdx.z * next + (rank0 + k0 + k) * by_left + column * by_right] = finished(all);
-    }
+  for (int k = 0; k < RANKS; k++) memory[(warp * RANKS + k) * 32 + lane] = sum[k];
+  __syncthreads();
+  for (int k = warp; k < RANKS; k += WARPS) {
+    double all = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) all = __dadd_rn(all, memory[(w * RANKS + k) * 32 + lane]);
+    if (there && rank0 + k < r) out[blockIdx.z * next + (rank0 + k) * by_left + column * by_right] = finished(all);
   }
 }

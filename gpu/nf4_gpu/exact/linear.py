@@ -20,7 +20,8 @@ from nf4_gpu.exact.grid import Space, columns, finish, product_bits_of, rows, st
 from nf4_gpu.random import drop
 from nf4_gpu.tensor import dequantize
 
-_ROWS, _COLUMNS, _RANKS, _WARPS, _ROW_WARPS = 8, 128, 16, 16, 8  # as in linear.cu
+_ROWS, _COLUMNS, _RANKS, _WARPS, _ROW_WARPS = 32, 128, 16, 16, 8  # of a block, as in linear.cu
+_SHARED = 64 << 10  # bytes, of a block of gradient
 Gradients = tuple[cupy.ndarray, cupy.ndarray] | tuple[None, None]
 
 
@@ -63,10 +64,10 @@ def forward(
         lora, drops = layer.lora, _drops(layer.lora, dropout)
         cache, low, factor = LinearCache(None, drops), None, None
         if lora is not None:
-            inner = _inner(lora, x, dropout, space) if drops else found[..., start + outputs : stop]
+            inner = _inner(lora, x, dropout, space) if drops else found[:, start + outputs : stop]
             cache.z, low = _low_rank(inner, scale(lora, drops), space)
             factor = _transposed(lora.B, space)
-        _finish(found[..., start : start + outputs], layer.bias, low, factor, y)
+        _finish(found[:, start : start + outputs], layer.bias, low, factor, y)
         caches.append(cache)
         start = stop
     return caches
@@ -114,7 +115,7 @@ def backward(
         low: cupy.ndarray | None = None
         factor: cupy.ndarray | None = None
         if lora is not None and dA is not None and dB is not None:
-            dz, low = _low_rank(found[..., first:], scale(lora, cache.drops), space)
+            dz, low = _low_rank(found[:, first:], scale(lora, cache.drops), space)
             kept = x
             if cache.drops and dropout is not None:
                 kept = space.take("kept", x.shape, np.float32)
@@ -128,11 +129,11 @@ def backward(
         if dx is None:
             dx = space.new(x.shape, np.float32)
         if lora is None or not cache.drops or dropout is None:
-            _finish(found[..., :inputs], None, low, factor, dx, add)
+            _finish(found[:, :inputs], None, low, factor, dx, add)
             continue
         # What is dropped of the low-rank part is not added.
         part = space.take("part", x.shape, np.float32) if add else dx
-        _finish(found[..., :inputs], None, None, None, part)
+        _finish(found[:, :inputs], None, None, None, part)
         inner = space.take("low rank", x.shape, np.float32)
         _finish(None, None, low, factor, inner)
         drop(dropout, lora.stream, lora.dropout, inner, part, add=True)
@@ -153,7 +154,7 @@ def _plain(weight: Any, space: Space) -> cupy.ndarray:
 
 
 def _inner(lora: LoRA, x: cupy.ndarray, dropout: Dropout | None, space: Space) -> cupy.ndarray:
-    """The sums of D(x) times A^T [pieces, T, rank]."""
+    """The sums of D(x) times A^T [T, rank]."""
     kept = x
     if dropout is not None:
         kept = space.take("kept", x.shape, np.float32)
@@ -164,12 +165,12 @@ def _inner(lora: LoRA, x: cupy.ndarray, dropout: Dropout | None, space: Space) -
 
 
 def _low_rank(found: cupy.ndarray, factor: np.float32, space: Space) -> tuple[cupy.ndarray, cupy.ndarray]:
-    """factor times the product of sums [pieces, T, rank], float32, and that on the grids of its rows."""
-    pieces, count, rank = found.shape
+    """factor times the product of these sums [T, rank], float32, and that on the grids of its rows."""
+    count, rank = found.shape
     z = cupy.empty((count, rank), cupy.float32)
     low = space.take("low rank", (count, rank), np.float64)
     function = kernel(runtime.getDevice(), "exact/linear.cu", "low_rank", DTYPE=0)
-    head = (found, np.int64(count), np.int32(rank), *_strides(found), np.int32(pieces), factor)
+    head = (found, np.int64(count), np.int32(rank), _ld(found), factor)
     function((-(-count // _ROW_WARPS),), (32 * _ROW_WARPS,), (*head, product_bits_of(rank), z, low, status()))
     return z, low
 
@@ -196,11 +197,9 @@ def _finish(
     """y [T, n] = the product of these sums + bias + low [T, rank] times factor [rank, n]; add: added to y."""
     count, n = y.shape
     rank = 0 if low is None else low.shape[1]
-    strides = (np.int64(0), np.int64(0)) if found is None else _strides(found)
-    pieces = np.int32(1 if found is None else len(found))
     function = kernel(runtime.getDevice(), "exact/linear.cu", "finish_linear", DTYPE=0)
     arrays = [0 if array is None else array for array in (found, bias, low, factor)]
-    head = (arrays[0], np.int64(count), np.int32(n), *strides, pieces)
+    head = (arrays[0], np.int64(count), np.int32(n), np.int64(0) if found is None else _ld(found))
     tail = (*arrays[1:], np.int32(rank), np.bool_(add), y)
     function((-(-n // _COLUMNS), -(-count // _ROWS)), (_COLUMNS,), (*head, *tail))
 
@@ -218,12 +217,12 @@ def _gradient(
     if max(lengths) > PIECE:
         _long_gradient(left, right, lengths, out, transposed, space)
         return
-    function = kernel(runtime.getDevice(), "exact/linear.cu", "gradient", DTYPE=0)
+    function = kernel(runtime.getDevice(), "exact/linear.cu", "gradient", _SHARED, DTYPE=0)
     by = (np.int64(1), np.int64(rank)) if transposed else (np.int64(n), np.int64(1))
     following = np.int64(out.strides[0] // 4)
     grid = (-(-n // 32), -(-rank // _RANKS), len(lengths))
     head = (left, right, _starts(runtime.getDevice(), lengths), np.int32(rank), np.int32(n))
-    function(grid, (32 * _WARPS,), (*head, out, following, *by, status()))
+    function(grid, (32 * _WARPS,), (*head, out, following, *by, status()), shared_mem=_SHARED)
 
 
 def _long_gradient(
@@ -255,6 +254,6 @@ def _starts(device: int, lengths: tuple[int, ...]) -> cupy.ndarray:
     return _known_starts[device, lengths]
 
 
-def _strides(found: cupy.ndarray) -> tuple[np.int64, np.int64]:
-    """The elements from a row to the next, and from a piece to the next."""
-    return np.int64(found.strides[-2] // 8), np.int64(found.strides[0] // 8)
+def _ld(found: cupy.ndarray) -> np.int64:
+    """The elements from a row to the next."""
+    return np.int64(found.strides[0] // found.itemsize)

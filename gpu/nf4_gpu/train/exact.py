@@ -8,6 +8,7 @@ from typing import Any
 import cupy
 import numpy as np
 from cupy.cuda import runtime
+from nf4.errors import InputError
 from nf4.exact.grid import PIECE, NotFiniteError, total
 from nf4.exact.ops import mean_loss
 from nf4.lora import LoRA
@@ -22,12 +23,14 @@ from nf4.train.step import count_targets, make_batch
 from numpy.typing import NDArray
 
 from nf4_gpu.arrays import KINDS
-from nf4_gpu.compile import kernel
+from nf4_gpu.compile import capability, kernel
 from nf4_gpu.exact import grid
 from nf4_gpu.exact.llama import DeviceLlama
 from nf4_gpu.ranks import Nccl
 
 Float32 = NDArray[np.float32]
+
+_NEEDS = 80  # more shared memory for a block than Turing has
 
 
 class ExactEngine:
@@ -48,6 +51,11 @@ class ExactEngine:
         threads: int,
         ranks: Ranks = ALONE,
     ) -> None:
+        arch = capability(runtime.getDevice())
+        if arch < _NEEDS:
+            raise InputError(
+                f"--device cuda: this GPU is of compute capability {arch / 10}; exact training needs 8.0"
+            )
         self.optimizer = AdamW(model.trainable("lora"), weight_decay=weight_decay)
         self._batch_size, self._max_grad_norm = batch_size, max_grad_norm
         self._checkpointing, self._seed, self._ranks = checkpointing, seed, ranks

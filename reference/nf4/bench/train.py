@@ -43,12 +43,13 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def run(model: Path | None, rounds: int, against: str | None) -> dict[str, Any]:
+def run(model: Path | None, rounds: int, against: str | None, exact: bool = False) -> dict[str, Any]:
     """Measure one step of 4 x 256 tokens and return the report (see `nf4 bench train --json`).
 
     Both sides read the same float32 weights: those of `model`, or random ones in SmolLM2-135M's shape. Each
     round starts a fresh process a side, which loads, quantizes, takes one step of warm-up and two timed ones.
-    Raises InputError if the model can't be read or the peer isn't installed.
+    exact: the exact tier is a side, too. Raises InputError if the model can't be read or the peer isn't
+    installed.
     """
     if against is not None:
         machine.require(PEER_PACKAGES, f"nf4 bench train --against {against}")
@@ -74,6 +75,8 @@ def run(model: Path | None, rounds: int, against: str | None) -> dict[str, Any]:
             "nf4": ("nf4.bench.train", common),
             "nf4, checkpointing": ("nf4.bench.train", [*common, "--checkpointing"]),
         }
+        if exact:
+            sides["nf4, exact"] = ("nf4.bench.train", [*common, "--exact"])
         if against is not None:
             sides[against] = ("nf4.bench.peers", ["train", *common])
             sides[f"{against}, checkpointing"] = ("nf4.bench.peers", ["train", *common, "--checkpointing"])
@@ -91,7 +94,7 @@ def run(model: Path | None, rounds: int, against: str | None) -> dict[str, Any]:
         "rank": RANK,
         "rounds": rounds,
         "results": list(results.values()),
-        "ratios": {} if against is None else ratios(results, against),
+        "ratios": ratios(results, against),
     }
 
 
@@ -108,9 +111,14 @@ def summary(side: str, answers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def ratios(results: dict[str, dict[str, Any]], against: str) -> dict[str, float]:
-    """Return ours over the peer's, with the peer as users run it by default and at its thriftiest."""
+def ratios(results: dict[str, dict[str, Any]], against: str | None) -> dict[str, float]:
+    """Return ours over the peer's, as users run it by default and at its thriftiest; exact over fast time."""
     table = {}
+    if "nf4, exact" in results:
+        slower = results["nf4, exact"]["seconds"] / results["nf4"]["seconds"]
+        table["time (nf4, exact) / (nf4)"] = slower
+    if against is None:
+        return table
     for ours, peer in (
         ("nf4", against),
         ("nf4, checkpointing", against),
@@ -145,16 +153,16 @@ def write_random_model(directory: Path, config: dict[str, Any]) -> None:
 
 
 def our_steps(
-    model_dir: str, ids: NDArray[np.int64], rank: int, checkpointing: bool, steps: int
+    model_dir: str, ids: NDArray[np.int64], rank: int, checkpointing: bool, steps: int, exact: bool = False
 ) -> dict[str, Any]:
     """Run training steps of this project on token ids [batch, tokens]; the counterpart of peers.train."""
     from nf4.formats.checkpoint import QuantizeOptions, load_model
     from nf4.formats.peft import linear_shapes
     from nf4.lora import init_lora
     from nf4.model.llama import Llama
-    from nf4.train.adamw import AdamW, clip_grad_norm
     from nf4.train.data import IGNORE, Example
-    from nf4.train.step import train_step
+    from nf4.train.engine import Engine, FastEngine
+    from nf4.train.exact import ExactEngine
 
     base = load_model(model_dir, quantize=QuantizeOptions())
     adapters = {
@@ -162,7 +170,15 @@ def our_steps(
         for name, (outputs, inputs) in linear_shapes(base.config).items()
     }
     model = Llama(base.config, base.params, adapters)
-    optimizer = AdamW(model.trainable("lora"))
+    settings: dict[str, Any] = {
+        "batch_size": len(ids),
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+        "checkpointing": checkpointing,
+        "seed": 0,
+        "threads": worker_threads(),
+    }
+    engine: Engine = ExactEngine(model, **settings) if exact else FastEngine(model, "lora", **settings)
     tokens = ids.astype(np.int32)
     # As transformers shifts its labels: the last position predicts nothing.
     examples = [Example(row, np.append(row[1:], np.int32(IGNORE))) for row in tokens]
@@ -170,21 +186,12 @@ def our_steps(
     losses, seconds = [], []
     for _ in range(steps + 1):
         started = time.perf_counter()
-        result = train_step(
-            model,
-            [(examples, range(len(examples)))],
-            train="lora",
-            checkpointing=checkpointing,
-            seed=0,
-            threads=worker_threads(),
-        )
-        clip_grad_norm(result.grads, 1.0)
-        optimizer.step(result.grads, 1e-4)
+        update = engine.step([(examples, range(len(examples)))], 1e-4)
         seconds.append(time.perf_counter() - started)
-        losses.append(result.loss)
+        losses.append(update.loss)
     return {
         "loss": losses[0],
-        "trainable": sum(array.size for array in optimizer.params.values()),
+        "trainable": sum(array.size for array in engine.optimizer.params.values()),
         "seconds": seconds[1:],
         "peak_bytes": machine.peak_bytes(),
     }
@@ -198,9 +205,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--exact", action="store_true")
     options = parser.parse_args()
     ids = np.load(options.ids)
-    print(json.dumps(our_steps(options.model, ids, options.rank, options.checkpointing, options.steps)))
+    answer = our_steps(options.model, ids, options.rank, options.checkpointing, options.steps, options.exact)
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":

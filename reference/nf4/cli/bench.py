@@ -28,6 +28,7 @@ PEERS = {"codec": "bitsandbytes", "train": "peft"}
     "--rounds", type=click.IntRange(1), help="Rounds after warm-up.  [default: codec 9, on cuda 20, train 2]"
 )
 @click.option("--model", type=click.Path(path_type=Path), help="Train on this model, not on random weights.")
+@click.option("--exact", is_flag=True, help="Measure exact training (NF4-15), too.")
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - prints it."
 )
@@ -37,6 +38,7 @@ def command(
     device: str,
     rounds: int | None,
     model: Path | None,
+    exact: bool,
     json_path: Path | None,
 ) -> None:
     """Measure quantize and dequantize (codec), or one QLoRA training step (train).
@@ -50,6 +52,8 @@ def command(
         raise InputError(f"nf4 bench {what} runs against {PEERS[what]}, not {against}")
     if what == "codec" and model is not None:
         raise InputError("--model is for  nf4 bench train; the codec is measured on random weights")
+    if what == "codec" and exact:
+        raise InputError("--exact is for  nf4 bench train; the codec is exact in every case")
     if device == "cuda":
         if what != "codec":
             raise InputError("--device cuda is for the codec; nf4 bench train runs on the CPU")
@@ -69,7 +73,7 @@ def command(
     else:
         from nf4.bench import train
 
-        report = train.run(model, rounds or 2, against)
+        report = train.run(model, rounds or 2, against, exact)
     if json_path == Path("-"):
         print_json(report)
         return
