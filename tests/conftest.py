@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launchers import Mpi, found
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -106,3 +107,29 @@ def tiny_model() -> Callable[..., Path]:
         return directory
 
     return build
+
+
+def _mpi(flavor: str) -> Mpi:
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed; tests/run installs it")
+    mpi = found().get(flavor)
+    if mpi is None:
+        pytest.skip(f"there is no mpirun of {flavor}; tests/run installs one")
+    return mpi
+
+
+@pytest.fixture(scope="session")
+def openmpi() -> Mpi:
+    """Open MPI's mpirun."""
+    return _mpi("Open MPI")
+
+
+@pytest.fixture(scope="session")
+def mpich() -> Mpi:
+    """MPICH's mpirun."""
+    return _mpi("MPICH")
+
+
+@pytest.fixture(scope="session", params=["Open MPI", "MPICH"])
+def mpi(request: pytest.FixtureRequest) -> Mpi:
+    """Each of the two."""
+    return _mpi(request.param)

@@ -11,12 +11,25 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _thread = threading.local()
+_limit: int | None = None
+
+
+def processors() -> set[int]:
+    """Return the numbers of the processors that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return set(affinity(0)) if affinity else set(range(os.cpu_count() or 1))
+
+
+def limit_threads(threads: int) -> None:
+    """Leave processors to other processes from now on: worker_threads() is at most so many."""
+    global _limit  # noqa: PLW0603  it is the process's, as its threads are
+    _limit = threads
 
 
 def worker_threads() -> int:
-    """Return the number of threads worth starting: the processors this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    """Return the number of threads worth starting: the processors this process may run on, or its share."""
+    available = len(processors())
+    return available if _limit is None else min(_limit, available)
 
 
 @cache

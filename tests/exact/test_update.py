@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nf4.errors import InputError
 from nf4.train.adamw import clip_grad_norm, gradient_norm
-from nf4.train.exact import PairwiseSum
 from nf4.train.schedule import SCHEDULES, learning_rate
+from nf4.train.shares import PairwiseSum
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
@@ -38,7 +38,7 @@ def test_sums_in_pairs(count: int) -> None:
     pairwise, held = PairwiseSum(), 0
     for array in arrays:
         pairwise.add(array.copy())
-        held = max(held, len(pairwise._sums))
+        held = max(held, len(pairwise.nodes))
     assert held <= count.bit_length()
     found = pairwise.total()
     assert (found == by_definition(arrays)).all()

@@ -28,6 +28,16 @@ def gpu() -> None:
 
 
 @pytest.fixture(scope="session")
+def two_gpus(gpu: None) -> None:
+    """Skip, or fail where NF4_REQUIRE_GPU=2, with fewer than two."""
+    import cupy
+
+    count = cupy.cuda.runtime.getDeviceCount()
+    if count < 2:
+        without(f"{count} GPU; this needs two", at_least=2)
+
+
+@pytest.fixture(scope="session")
 def torch(gpu: None) -> Any:
     """PyTorch with CUDA."""
     try:
@@ -39,8 +49,8 @@ def torch(gpu: None) -> Any:
     return torch
 
 
-def without(reason: str) -> None:
-    """Skip, or fail where NF4_REQUIRE_GPU=1."""
-    if os.environ.get("NF4_REQUIRE_GPU") == "1":
-        pytest.fail(f"NF4_REQUIRE_GPU=1, and {reason}")
+def without(reason: str, at_least: int = 1) -> None:
+    """Skip, or fail where NF4_REQUIRE_GPU is at least that."""
+    if int(os.environ.get("NF4_REQUIRE_GPU") or 0) >= at_least:
+        pytest.fail(f"NF4_REQUIRE_GPU={os.environ['NF4_REQUIRE_GPU']}, and {reason}")
     pytest.skip(reason)

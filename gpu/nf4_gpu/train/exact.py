@@ -13,17 +13,20 @@ from nf4.exact.grid import PIECE, NotFiniteError, total
 from nf4.exact.ops import mean_loss
 from nf4.lora import LoRA
 from nf4.model.llama import Llama
+from nf4.ranks import ALONE, Ranks
 from nf4.train.adamw import AdamW, clip_factor
 from nf4.train.data import Example
 from nf4.train.engine import MicroBatch, Update
-from nf4.train.exact import PairwiseSum, count_targets, count_tokens
-from nf4.train.step import make_batch
+from nf4.train.exact import count_tokens, rows_of_all
+from nf4.train.shares import PairwiseSum, cut, share, total_of_ranks
+from nf4.train.step import count_targets, make_batch
 from numpy.typing import NDArray
 
 from nf4_gpu.arrays import KINDS
 from nf4_gpu.compile import capability, kernel
 from nf4_gpu.exact import grid
 from nf4_gpu.exact.llama import DeviceLlama
+from nf4_gpu.ranks import Nccl
 
 Float32 = NDArray[np.float32]
 
@@ -31,7 +34,7 @@ _NEEDS = 80  # more shared memory for a block than Turing has
 
 
 class ExactEngine:
-    """One GPU in the arithmetic of chapters 14 and 15.
+    """A GPU, or one a rank, in the arithmetic of chapters 14 and 15.
 
     The adapters are views of one array on the device, their states and gradients likewise.
     """
@@ -46,6 +49,7 @@ class ExactEngine:
         checkpointing: bool,
         seed: int,
         threads: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         arch = capability(runtime.getDevice())
         if arch < _NEEDS:
@@ -54,7 +58,8 @@ class ExactEngine:
             )
         self.optimizer = AdamW(model.trainable("lora"), weight_decay=weight_decay)
         self._batch_size, self._max_grad_norm = batch_size, max_grad_norm
-        self._checkpointing, self._seed = checkpointing, seed
+        self._checkpointing, self._seed, self._ranks = checkpointing, seed, ranks
+        self._exchange = Nccl(ranks).exchange if ranks.size > 1 else ranks.exchange
         params = self.optimizer.params
         dtype = next(iter(params.values())).dtype
         size = sum(p.size for p in params.values())
@@ -99,8 +104,19 @@ class ExactEngine:
         Raises InputError where no token of the step is a target, NotFiniteError where it diverged.
         """
         targets = count_targets([e for examples, _ in micro_batches for e in examples])
+        mine, runs = share(micro_batches, self._ranks)
+        summed = PairwiseSum(grid.add, first=runs[self._ranks.rank].start)
+        losses = rows_of_all(self._ranks, lambda: self._losses_and_sum(mine, targets, summed))
+        loss = mean_loss(losses, targets)
+        return loss, total_of_ranks(
+            summed, runs, self._ranks.rank, self._exchange, lambda size: cupy.empty(size, cupy.float32)
+        )
+
+    def _losses_and_sum(
+        self, micro_batches: Sequence[MicroBatch], targets: int, summed: PairwiseSum
+    ) -> Float32:
+        """Return the losses by row, of a step of so many targets; add each sequence's gradient to summed."""
         losses: list[Any] = []
-        summed = PairwiseSum(grid.add)
         for examples, samples in micro_batches:
             part, gradients = self._model.losses_and_gradients(
                 make_batch(examples, samples),
@@ -114,17 +130,21 @@ class ExactEngine:
             memory = next(iter(gradients.values()))  # all arrays of a sequence follow one another
             for by_sequence in cupy.ndarray((len(memory), self._p.size), cupy.float32, memory.data):
                 summed.add(by_sequence.copy() if len(micro_batches) > 1 else by_sequence)
-        loss = mean_loss(self._read(losses), targets)
-        return loss, summed.total()
+        return self._read(losses)
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """Return the mean loss over the target tokens, in nats, without dropout (NF4-15.5)."""
+        run = cut([len(example) for example in examples], self._ranks.size)[self._ranks.rank]
+        losses = rows_of_all(self._ranks, lambda: self._losses(examples[run.start : run.stop]))
+        return mean_loss(losses, count_targets(examples))
+
+    def _losses(self, examples: Sequence[Example]) -> Float32:
         with self._stream:
             losses = []
             for start in range(0, len(examples), self._batch_size):
                 part = examples[start : start + self._batch_size]
                 losses.append(self._model.losses(make_batch(part, range(len(part)))))
-            return mean_loss(self._read(losses), count_targets(examples))
+            return self._read(losses)
 
     def load(self) -> None:
         """Take over the arrays and states that the optimizer holds."""
@@ -148,7 +168,7 @@ class ExactEngine:
 
     def _read(self, losses: list[cupy.ndarray]) -> Float32:
         """Wait for the losses. Raises NotFiniteError where something on the way was not finite."""
-        found = np.concatenate([cupy.asnumpy(part) for part in losses])
+        found = np.concatenate([np.empty(0, np.float32), *(cupy.asnumpy(part) for part in losses)])
         grid.check(int(grid.status()[0]))
         return found
 

@@ -1,5 +1,6 @@
 """The command line: a group of commands that are imported when called, and its exit codes."""
 
+import traceback
 from importlib import import_module
 from typing import Any
 
@@ -7,6 +8,7 @@ import click
 
 from nf4 import __version__
 from nf4.errors import CheckFailed, InputError
+from nf4.ranks import joined, launched
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -28,6 +30,10 @@ COMMANDS = {
 }
 
 
+# Those that share their work where mpirun or srun starts several processes.
+SHARED = ("finetune", "quantize", "bench")
+
+
 class _Commands(click.Group):
     """Imports nf4.cli.NAME for the command NAME, and turns the two errors of a run into exit codes."""
 
@@ -37,6 +43,11 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        if cmd_name not in SHARED and (launch := launched()):
+            raise InputError(
+                f"{launch.size} processes were started together ({launch.variable}), and nf4 {cmd_name} is "
+                f"the work of one: start it by itself; those that share theirs are {', '.join(SHARED)}"
+            )
         command: click.Command = import_module(f"nf4.cli.{cmd_name}").command
         return command
 
@@ -45,17 +56,29 @@ class _Commands(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
+        launch = launched()
         try:
             return super().invoke(ctx)
         except InputError as error:
-            click.echo(f"nf4: {error}", err=True)
-            ctx.exit(BAD_INPUT)
+            code, message = BAD_INPUT, str(error)
         except CheckFailed as error:
-            click.echo(f"nf4: {error}", err=True)
-            ctx.exit(CHECK_FAILED)
+            code, message = CHECK_FAILED, str(error)
         except KeyboardInterrupt:
-            click.echo("nf4: interrupted", err=True)
-            ctx.exit(INTERRUPTED)
+            code, message = INTERRUPTED, "interrupted"
+        except click.ClickException as error:
+            if launch is None or launch.rank == 0:
+                raise
+            ctx.exit(error.exit_code)
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # the other ranks would wait for this one for ever
+            if joined().size == 1:
+                raise
+            code, message = CHECK_FAILED, traceback.format_exc().strip()
+            if isinstance(error, MemoryError):
+                message = f"out of memory ({error})"
+        joined().end(message, code)
+        ctx.exit(code)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

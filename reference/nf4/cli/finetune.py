@@ -19,6 +19,7 @@ from nf4.codebooks import CODEBOOKS
 from nf4.errors import InputError
 from nf4.formats.checkpoint import AS_STORED
 from nf4.model.llama import TARGETS
+from nf4.ranks import Ranks, started
 from nf4.train import log, snapshot
 from nf4.train.data import LOSS_ON
 from nf4.train.finetune import (
@@ -158,31 +159,38 @@ def command(ctx: click.Context, /, as_json: bool, config: Path | None, **values:
     OUT gets adapter_model.safetensors and adapter_config.json, which PEFT loads, the best of them by held-out
     loss in best/, training_log.jsonl, loss.png, and checkpoint.safetensors, from which --resume goes on after
     any interruption to the same bits. With --resume, --steps may grow; a linear or cosine schedule stretches.
+
+    Under mpirun or srun, ranks share the sequences of each step, which stays the same, and OUT is rank 0's.
     """
     given = {
         name
         for name in values
         if ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.DEFAULT_MAP)
     }
-    options = FinetuneOptions(**_settled(values, given))
-    with _Shown(quiet=as_json) as shown:
-        result = finetune(options, shown)
-    if as_json:
-        print_json(_answer(result))
-    else:
-        _print(result)
+    ranks = started()
+    options = FinetuneOptions(**_settled(values, given, ranks))
+    with _Shown(quiet=as_json or ranks.rank > 0) as shown:
+        result = finetune(options, shown, ranks)
+    if ranks.rank == 0:
+        if as_json:
+            print_json(_answer(result))
+        else:
+            _print(result)
+        if result.interrupted:
+            click.echo(
+                f"nf4: interrupted after step {result.step} of {result.steps}; go on with: "
+                f"nf4 finetune --resume --out {result.out}",
+                err=True,
+            )
     if result.interrupted:
-        click.echo(
-            f"nf4: interrupted after step {result.step} of {result.steps}; go on with: "
-            f"nf4 finetune --resume --out {result.out}",
-            err=True,
-        )
         ctx.exit(130)
 
 
-def _settled(values: dict[str, Any], given: set[str]) -> dict[str, Any]:
+def _settled(values: dict[str, Any], given: set[str], ranks: Ranks) -> dict[str, Any]:
     """Return the values of all options: those given, then those of the run to resume, then the defaults."""
-    saved = saved_options(Path(values["out"])) if values["resume"] else None
+    saved = None
+    if ranks.any(values["resume"]):
+        saved = ranks.first(lambda: saved_options(Path(values["out"]), ranks.size))
     if saved is not None:
         saved["targets"] = tuple(saved["targets"])
         return values | {name: value for name, value in saved.items() if name in values and name not in given}

@@ -1,6 +1,8 @@
 """`nf4 quantize`: a model's linear weights into 4 bits, as a directory that transformers loads."""
 
+import hashlib
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from nf4.cli.output import TensorProgress, json_option, print_json, size
 from nf4.codebooks import CODEBOOKS
 from nf4.formats.bitsandbytes import write_quantized
 from nf4.formats.checkpoint import Checkpoint, QuantizeOptions, open_checkpoint
+from nf4.ranks import ALONE, Ranks, deal, program, started
 from nf4.tensor import QuantizedTensor, dequantize
 
 _CHUNK = 1 << 16  # elements: the differences of a large weight are never all in memory
@@ -29,14 +32,19 @@ def command(src: Path, dst: Path, block_size: int, codebook: str, double_quant: 
     """Quantize the linear layers of SRC into the new directory DST, which transformers loads.
 
     SRC is a Hugging Face directory or a GGUF file. Embeddings, norms and the head stay as they are. The error
-    is measured on DST as it was written.
+    is measured on DST as it was written. Under mpirun or srun, ranks share the layers.
     """
-    source = open_checkpoint(src)
+    ranks = started()
+    source = ranks.each(lambda: open_checkpoint(src))
     options = QuantizeOptions(block_size=block_size, codebook=codebook, double_quant=double_quant)
-    with TensorProgress("quantizing", quiet=as_json) as progress:
-        write_quantized(source, dst, options, progress=progress)
-    with TensorProgress("measuring", quiet=as_json) as progress:
-        error = measure(source, open_checkpoint(dst), progress)
+    ranks.agree(program() | {"SRC": contents(source)} | asdict(options))
+    quiet = as_json or ranks.rank > 0
+    with TensorProgress("quantizing", quiet=quiet) as progress:
+        write_quantized(source, dst, options, progress, ranks)
+    with TensorProgress("measuring", quiet=quiet) as progress:
+        error = measure(source, dst, progress, ranks)
+    if ranks.rank:
+        return
     answer = {
         "source": str(src),
         "output": str(dst),
@@ -55,25 +63,45 @@ def command(src: Path, dst: Path, block_size: int, codebook: str, double_quant: 
     )
 
 
-def measure(source: Checkpoint, written: Checkpoint, progress: TensorProgress) -> dict[str, Any]:
-    """Compare each 4-bit weight of `written` with the one it was made from.
+def contents(source: Checkpoint) -> str:
+    """Return a digest of what a model's files announce: its config, and its tensors' names and shapes."""
+    tensors = [(name, source.dtype(name), source.shape(name)) for name in source.names()]
+    return hashlib.sha256(repr((sorted(source.config.items()), tensors)).encode()).hexdigest()
+
+
+def measure(source: Checkpoint, dst: Path, progress: TensorProgress, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Compare each 4-bit weight of the model in dst with the one it was made from.
 
     Returns the number of tensors and weights, their bytes and bits per weight, and the relative RMS error,
     sqrt(sum (x - x')^2 / sum x^2) over all of them, with x' in the dtype that the weight has when it is used.
+    Ranks share the weights, where they all see dst.
     """
-    names = [name for name in written.names() if written.dtype(name) in CODEBOOKS]
+    seen = not ranks.any(not (dst / "config.json").exists())
+
+    def compared() -> dict[str, tuple[int, int, float, float]]:
+        written = open_checkpoint(dst)
+        names = [name for name in written.names() if written.dtype(name) in CODEBOOKS]
+        sizes = {name: math.prod(written.shape(name)) for name in names}
+        mine = deal(names, sizes, ranks.size)[ranks.rank] if seen else names
+        found = {}
+        for i, name in enumerate(mine):
+            progress(name, i, len(mine))
+            # No array lives on into the next tensor: what is in memory is one weight, twice.
+            found[name] = _tensor_error(source, written, name)
+        if mine:
+            progress(mine[-1], len(mine), len(mine))
+        return found
+
+    shares = ranks.gather(ranks.each(compared)) if seen else [ranks.first(compared)]
+    errors = {name: found for share in shares for name, found in share.items()}
     weights = nbytes = 0
     error = power = 0.0
-    for i, name in enumerate(names):
-        progress(name, i, len(names))
-        # No array lives on into the next tensor: what is in memory is one weight, twice.
-        found = _tensor_error(source, written, name)
+    for name in sorted(errors):  # so that the sums are those of one process
+        found = errors[name]
         weights, nbytes = weights + found[0], nbytes + found[1]
         error, power = error + found[2], power + found[3]
-    if names:
-        progress(names[-1], len(names), len(names))
     return {
-        "tensors": len(names),
+        "tensors": len(errors),
         "weights": weights,
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / weights if weights else 0.0,

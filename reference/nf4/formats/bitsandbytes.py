@@ -28,6 +28,7 @@ from nf4.formats.files import SafetensorsFile, SafetensorsWriter, TensorSpec, pa
 from nf4.formats.writing import DTYPE_NAMES, dtype_key, model_dtype, write_model
 from nf4.model.config import LlamaConfig
 from nf4.nested import NESTED_BLOCK_SIZE, NestedAbsmax
+from nf4.ranks import ALONE, Ranks
 from nf4.tensor import QuantizedTensor, dequantize
 
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__([^.]+)")
@@ -299,11 +300,16 @@ def load_tensor(path: str | Path) -> QuantizedTensor:
 
 
 def write_quantized(
-    src: Checkpoint, dst: str | Path, options: QuantizeOptions, progress: Progress | None = None
+    src: Checkpoint,
+    dst: str | Path,
+    options: QuantizeOptions,
+    progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write a model as a 4-bit directory that transformers loads, tensor by tensor (NF4-8.6).
 
     The linear layers are quantized; embeddings, norms, biases and the head keep their values and dtypes.
+    Ranks share the layers; the directory is that of rank 0, and its bytes are those that one process writes.
     Raises InputError, before any work, for a codebook bitsandbytes doesn't have, a source that is 4-bit
     already, and an output that exists; later for NaN or infinity in a weight. Nothing is left behind then.
     """
@@ -348,7 +354,7 @@ def write_quantized(
         check_finite(src, name, value)
         return {name: value}
 
-    write_model(src, dst, config, specs, tensors, progress)
+    write_model(src, dst, config, specs, tensors, progress, ranks)
 
 
 def write_dequantized(

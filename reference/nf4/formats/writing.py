@@ -1,7 +1,8 @@
 """Writing a whole model as a Hugging Face directory, tensor by tensor."""
 
+import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 from nf4.errors import InputError
 from nf4.floats import DTYPES
 from nf4.formats.checkpoint import LINEAR_WEIGHT, Checkpoint, Progress, parameter_names
-from nf4.formats.files import ShardedWriter, TensorSpec, atomic_directory, write_json
+from nf4.formats.files import ShardedWriter, TensorSpec, atomic_directory, check_output_directory, write_json
+from nf4.ranks import ALONE, Ranks
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 COMPANIONS = (
@@ -33,28 +35,36 @@ def write_model(
     specs: Mapping[str, TensorSpec],
     tensors: Callable[[str], dict[str, NDArray[Any]]],
     progress: Progress | None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write a Hugging Face directory, whole or not at all: config.json, what came with src, and its tensors.
 
     tensors: called once for each parameter of src, gives what is written for it; specs announces all of that.
+    Ranks share the linear weights; rank 0 alone writes, and reads the others.
     """
     names = parameter_names(src)
-    with atomic_directory(dst) as work:
-        write_json(work / "config.json", config)
-        if src.path.is_dir():
-            for file in COMPANIONS:
-                if (src.path / file).is_file():
-                    shutil.copyfile(src.path / file, work / file)
-        else:
-            src.tokenizer().save(work)
-        with ShardedWriter(work, specs) as writer:
-            for i, name in enumerate(names):
-                if progress is not None:
-                    progress(name, i, len(names))
-                for key, value in tensors(name).items():
-                    writer.write(key, value)
-        if progress is not None and names:
-            progress(names[-1], len(names), len(names))
+    weights = {name: math.prod(src.shape(name)) for name in names if LINEAR_WEIGHT.fullmatch(name)}
+
+    def write(results: Iterator[tuple[str, dict[str, NDArray[Any]]]]) -> None:
+        with atomic_directory(dst) as work:
+            write_json(work / "config.json", config)
+            if src.path.is_dir():
+                for file in COMPANIONS:
+                    if (src.path / file).is_file():
+                        shutil.copyfile(src.path / file, work / file)
+            else:
+                src.tokenizer().save(work)
+            if progress is not None and names:
+                progress(names[0], 0, len(names))
+            with ShardedWriter(work, specs) as writer:
+                for done, (name, found) in enumerate(results, 1):
+                    while found:  # nothing of it lives on into the next one
+                        writer.write(*found.popitem())
+                    if progress is not None:
+                        progress(name, done, len(names))
+
+    ranks.first(lambda: check_output_directory(dst))
+    ranks.collect(names, weights, tensors, write)
 
 
 def model_dtype(src: Checkpoint) -> str:

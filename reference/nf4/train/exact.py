@@ -2,57 +2,26 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nf4.errors import InputError
 from nf4.exact.grid import NotFiniteError
 from nf4.exact.llama import ExactLlama
-from nf4.exact.ops import add, mean_loss
+from nf4.exact.ops import mean_loss
 from nf4.model.llama import Batch, Llama
+from nf4.ranks import ALONE, Ranks
 from nf4.train.adamw import AdamW, clip_grad_norm
-from nf4.train.data import IGNORE, Example
+from nf4.train.data import Example
 from nf4.train.engine import MicroBatch, Update
-from nf4.train.step import over_groups
+from nf4.train.shares import PairwiseSum, cut, flatten, share, total_of_ranks, unflatten
+from nf4.train.step import count_targets, over_groups
 
 Float32 = NDArray[np.float32]
 
 
-class PairwiseSum:
-    """The sum of arrays that come one after another, in the order of NF4-15.6.
-
-    Of G arrays it is the sum of the first h and that of the rest, h being the greatest power of two below G,
-    and so on for both: whoever has a run of neighbours can sum it alone. At most log2 G arrays are held.
-    """
-
-    def __init__(self, add: Callable[[Any, Any], None] = add) -> None:
-        """add: adds its second argument to its first, in place."""
-        self._add = add
-        self._sums: list[tuple[int, Any]] = []  # of 2^level neighbours each, falling
-
-    def add(self, array: Any) -> None:
-        """Add the next array, which is then this sum's own."""
-        level = 0
-        while self._sums and self._sums[-1][0] == level:
-            _, before = self._sums.pop()
-            self._add(before, array)
-            array, level = before, level + 1
-        self._sums.append((level, array))
-
-    def total(self) -> Any:
-        """The sum of what was added, at least one array; nothing may be added after."""
-        _, last = self._sums.pop()
-        while self._sums:
-            _, before = self._sums.pop()
-            self._add(before, last)
-            last = before
-        return last
-
-
 class ExactEngine:
-    """This machine's processor in the arithmetic of chapters 14 and 15, whatever the number of threads."""
+    """The processor in the arithmetic of chapters 14 and 15, whatever the number of threads and ranks."""
 
     def __init__(
         self,
@@ -64,11 +33,13 @@ class ExactEngine:
         checkpointing: bool,
         seed: int,
         threads: int,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.optimizer = AdamW(model.trainable("lora"), weight_decay=weight_decay)
         self._model = ExactLlama(model)
         self._batch_size, self._max_grad_norm = batch_size, max_grad_norm
         self._checkpointing, self._seed, self._threads = checkpointing, seed, threads
+        self._ranks = ranks
 
     def step(self, micro_batches: Sequence[MicroBatch], rate: float) -> Update:
         """Make one update at a learning rate, unless its loss or norm is not finite (NF4-15.9)."""
@@ -87,7 +58,17 @@ class ExactEngine:
         Raises InputError where no token of the step is a target, NotFiniteError where it diverged.
         """
         targets = count_targets([e for examples, _ in micro_batches for e in examples])
-        sums: dict[str, PairwiseSum] = {name: PairwiseSum() for name in self.optimizer.params}
+        mine, runs = share(micro_batches, self._ranks)
+        summed = PairwiseSum(first=runs[self._ranks.rank].start)
+        losses = rows_of_all(self._ranks, lambda: self._losses_and_sum(mine, targets, summed))
+        loss = mean_loss(losses, targets)
+        gradient = total_of_ranks(summed, runs, self._ranks.rank, self._ranks.exchange)
+        return loss, unflatten(gradient, self.optimizer.params)
+
+    def _losses_and_sum(
+        self, micro_batches: Sequence[MicroBatch], targets: int, summed: PairwiseSum
+    ) -> Float32:
+        """Return the losses by row, of a step of so many targets; add each sequence's gradient to summed."""
 
         def work(batch: Batch) -> tuple[Float32, dict[str, Float32]]:
             return self._model.losses_and_gradients(
@@ -96,28 +77,31 @@ class ExactEngine:
 
         losses: list[Float32] = []
         for examples, samples in micro_batches:
-            by_sequence: list[tuple[Float32, dict[str, Float32]]] = [_NOTHING] * len(examples)
+            by_sequence = [(_NO_ROWS, _NO_ROWS)] * len(examples)
             for members, (rows, gradients) in over_groups(work, examples, samples, self._threads):
                 parts = _cut(rows, [examples[i] for i in members])
                 for place, (i, part) in enumerate(zip(members, parts, strict=True)):
-                    by_sequence[i] = part, {name: g[place] for name, g in gradients.items()}
-            for part, own in by_sequence:
+                    by_sequence[i] = part, flatten([gradients[name][place] for name in self.optimizer.params])
+            for part, gradient in by_sequence:
                 losses.append(part)
-                for name, gradient in own.items():
-                    sums[name].add(gradient)
-        loss = mean_loss(np.concatenate(losses), targets)
-        return loss, {name: pairwise.total() for name, pairwise in sums.items()}
+                summed.add(gradient)
+        return np.concatenate(losses)
 
     def evaluate(self, examples: Sequence[Example]) -> float:
         """Return the mean loss over the target tokens, in nats, without dropout (NF4-15.5)."""
-        losses = [np.empty(0, np.float32)] * len(examples)
+        run = cut([len(example) for example in examples], self._ranks.size)[self._ranks.rank]
+        losses = rows_of_all(self._ranks, lambda: self._losses(examples[run.start : run.stop]))
+        return mean_loss(losses, count_targets(examples))
+
+    def _losses(self, examples: Sequence[Example]) -> Float32:
+        losses = [_NO_ROWS] * (len(examples) + 1)
         for start in range(0, len(examples), self._batch_size):
             part = examples[start : start + self._batch_size]
             for members, rows in over_groups(self._model.losses, part, range(len(part)), self._threads):
-                cut = _cut(rows, [part[i] for i in members])
-                for i, own in zip(members, cut, strict=True):
+                cut_rows = _cut(rows, [part[i] for i in members])
+                for i, own in zip(members, cut_rows, strict=True):
                     losses[start + i] = own
-        return mean_loss(np.concatenate(losses), count_targets(examples))
+        return np.concatenate(losses)
 
     def load(self) -> None:
         """Nothing to do: the optimizer's arrays are the model's own."""
@@ -126,20 +110,29 @@ class ExactEngine:
         """Nothing to do: the optimizer's arrays are the model's own."""
 
 
-_NOTHING: tuple[Float32, dict[str, Float32]] = (np.empty(0, np.float32), {})
+_NO_ROWS = np.empty(0, np.float32)
+
+
+def rows_of_all(ranks: Ranks, work: Callable[[], Float32]) -> Float32:
+    """Return what work returns on each rank, one after another: the rows of sequences in their order.
+
+    Raises NotFiniteError on all ranks where work raises it on one.
+    """
+    error = NotFiniteError("on another rank")
+    rows: Float32 | None = None
+    try:
+        rows = work()
+    except NotFiniteError as found:
+        error = found
+    found_rows = [part for part in ranks.gather(rows) if part is not None]
+    if len(found_rows) < ranks.size:
+        raise error
+    return np.concatenate(found_rows)
 
 
 def _cut(rows: Float32, examples: Sequence[Example]) -> list[Float32]:
     """The rows of packed examples, by example."""
     return np.split(rows, np.cumsum([len(example) for example in examples])[:-1])
-
-
-def count_targets(examples: Sequence[Example]) -> int:
-    """The target tokens of a step. Raises InputError where there is none (NF4-10.9)."""
-    targets = sum(int((example.targets != IGNORE).sum()) for example in examples)
-    if not targets:
-        raise InputError("the step has no target token: every target is -100; leave such sequences out")
-    return targets
 
 
 def count_tokens(micro_batches: Sequence[MicroBatch]) -> int:

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,7 +19,7 @@ from nf4 import parallel
 from nf4.codebooks import CODEBOOKS
 from nf4.errors import CheckFailed, InputError
 from nf4.formats import peft
-from nf4.formats.checkpoint import AS_STORED, QuantizeOptions, load_model, open_checkpoint
+from nf4.formats.checkpoint import AS_STORED, Checkpoint, QuantizeOptions, load_model, open_checkpoint
 from nf4.formats.files import SafetensorsWriter, TensorSpec, check_output_directory
 from nf4.formats.tokenizer import Tokenizer
 from nf4.lora import LoRA, init_lora
@@ -27,6 +27,7 @@ from nf4.model.config import LlamaConfig
 from nf4.model.generate import generate
 from nf4.model.llama import TARGETS, Llama
 from nf4.nested import NestedAbsmax
+from nf4.ranks import ALONE, Ranks, program, started
 from nf4.tensor import QuantizedTensor
 from nf4.train import snapshot
 from nf4.train.data import IGNORE, Data, Example, evenly, load_data, ordering
@@ -49,11 +50,17 @@ _SAMPLE_SECONDS = 10.0  # a large model says less
 # What may change when a run resumes; and what may, too, where no bit of an exact run depends on it.
 _FREE = ("model", "data", "eval_data", "out", "steps", "save_every", "resume")
 _FREE_IF_EXACT = ("checkpointing", "device", "threads")
+# What may differ between the ranks of a run: where their files are; their contents may not.
+_PATHS = ("model", "data", "eval_data", "out")
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """Everything a run depends on; the defaults are those of the command line. seq_len is in tokens."""
+    """Everything a run depends on; the defaults are those of the command line. seq_len is in tokens.
+
+    A step takes batch_size * grad_accum sequences, whatever the number of ranks: each takes its share of
+    them, at most batch_size at a time.
+    """
 
     model: str
     data: str
@@ -170,16 +177,50 @@ class SavesTo(Protocol):
     def __call__(self, directory: Path) -> None: ...  # noqa: D102
 
 
-def finetune(options: FinetuneOptions, report: Report | None = None) -> FinetuneResult:
+def finetune(
+    options: FinetuneOptions, report: Report | None = None, ranks: Ranks | None = None
+) -> FinetuneResult:
     """Quantize a model, train LoRA adapters on it, and write them with log, picture and checkpoint.
 
-    With the codebook "none" the model is not quantized: plain LoRA, to compare with. Raises InputError for
-    bad options, model, data or output directory, before anything is written, and CheckFailed when the loss is
-    no longer finite.
+    With the codebook "none" the model is not quantized: plain LoRA, to compare with. ranks: those that mpirun
+    or srun started with this process unless given; rank 0 alone writes and reports. Raises InputError for bad
+    options, model, data or output directory, and for ranks of different runs, before anything is written, and
+    CheckFailed when the loss is no longer finite.
     """
-    report = report or Report()
-    options.check()
-    options = prepare_output(options)
+    ranks = ranks or started()
+    report = report if report is not None and ranks.rank == 0 else Report()
+    ranks.each(options.check)
+    ranks.agree(
+        program(options.device) | {_flag(k): v for k, v in asdict(options).items() if k not in _PATHS}
+    )
+    _check_share(options, ranks)
+    if ranks.size > 1:
+        report.note(ranks.describe())
+    options = prepare_output(options, ranks)
+    source, tokenizer, data = ranks.each(lambda: _open(options))
+    total = len(data.train) + len(data.heldout) + data.dropped
+    for count, what in (
+        (data.truncated, f"cut to {options.seq_len} tokens"),
+        (data.dropped, "left out: no target"),
+    ):
+        if count:
+            report.note(f"{count} of {total} examples {what}")
+    form = f"in {options.codebook}, block {options.block_size}"
+    report.note(f"loading {options.model} {'as stored' if options.codebook == AS_STORED else form}")
+    quantized = QuantizeOptions(options.block_size, options.codebook, options.double_quant)
+    base = ranks.each(lambda: load_model(source, quantize=quantized))
+    adapters = new_adapters(base, options)
+    model = Llama(base.config, base.params, adapters)
+
+    def save(directory: Path) -> None:
+        base_path = str(Path(options.model).resolve())
+        peft.save_adapter(directory, adapters, base=base_path, rslora=options.rslora, trained_on=quantized)
+
+    return train_loop(model, tokenizer, data, options, train="lora", save=save, report=report, ranks=ranks)
+
+
+def _open(options: FinetuneOptions) -> tuple[Checkpoint, Tokenizer, Data]:
+    """Open the model and read the data. Raises InputError for either."""
     source = open_checkpoint(options.model)
     tokenizer = source.tokenizer()
     config = LlamaConfig.from_dict(source.config, str(source.path))
@@ -192,25 +233,17 @@ def finetune(options: FinetuneOptions, report: Report | None = None) -> Finetune
         eval_path=options.eval_data,
         seed=options.seed,
     )
-    total = len(data.train) + len(data.heldout) + data.dropped
-    for count, what in (
-        (data.truncated, f"cut to {options.seq_len} tokens"),
-        (data.dropped, "left out: no target"),
-    ):
-        if count:
-            report.note(f"{count} of {total} examples {what}")
-    form = f"in {options.codebook}, block {options.block_size}"
-    report.note(f"loading {options.model} {'as stored' if options.codebook == AS_STORED else form}")
-    quantized = QuantizeOptions(options.block_size, options.codebook, options.double_quant)
-    base = load_model(source, quantize=quantized)
-    adapters = new_adapters(base, options)
-    model = Llama(base.config, base.params, adapters)
+    return source, tokenizer, data
 
-    def save(directory: Path) -> None:
-        base_path = str(Path(options.model).resolve())
-        peft.save_adapter(directory, adapters, base=base_path, rslora=options.rslora, trained_on=quantized)
 
-    return train_loop(model, tokenizer, data, options, train="lora", save=save, report=report)
+def _check_share(options: FinetuneOptions, ranks: Ranks) -> None:
+    """Raise InputError unless a step has a sequence for each rank."""
+    sequences = options.batch_size * options.grad_accum
+    if sequences < ranks.size:
+        raise InputError(
+            f"--batch-size {options.batch_size} and --grad-accum {options.grad_accum}: a step's {sequences} "
+            f"sequences are too few for {ranks.size} ranks; raise one of them, or start fewer ranks"
+        )
 
 
 def new_adapters(model: Llama, options: FinetuneOptions) -> dict[str, LoRA]:
@@ -245,11 +278,18 @@ def save_parameters(directory: Path, model: Llama) -> None:
             writer.write(name, p)
 
 
-def prepare_output(options: FinetuneOptions) -> FinetuneOptions:
+def prepare_output(options: FinetuneOptions, ranks: Ranks = ALONE) -> FinetuneOptions:
     """Refuse an output directory that is not for this run, and settle the number of threads. Writes nothing.
 
     The threads set how sums are grouped, so a run resumes with the number it began with. Raises InputError.
+    Under ranks the directory is that of rank 0, and all take the same number of threads.
     """
+    threads = min(ranks.gather(parallel.worker_threads()))
+    return replace(options, threads=ranks.first(lambda: _prepared(options, threads, ranks.size)))
+
+
+def _prepared(options: FinetuneOptions, available: int, ranks: int) -> int:
+    """Check the output directory; return the number of threads."""
     out = Path(options.out)
     checkpoint = out / snapshot.NAME
     threads = options.threads
@@ -257,7 +297,8 @@ def prepare_output(options: FinetuneOptions) -> FinetuneOptions:
         if not options.resume:
             raise InputError(f"{out}: it holds a run; go on with it by --resume, or name another --out")
         _, identity = snapshot.read_facts(checkpoint)
-        threads = threads or identity["options"].get("threads")
+        if _binding_threads(identity, ranks):
+            threads = threads or identity["options"]["threads"]
         if options.steps < identity["steps"]:
             raise InputError(
                 f"--steps {options.steps}: the run in {out} has {identity['steps']}; they may only grow"
@@ -268,16 +309,28 @@ def prepare_output(options: FinetuneOptions) -> FinetuneOptions:
         raise InputError(f"{checkpoint}: there is no such checkpoint to resume from; leave --resume away")
     else:
         check_output_directory(out)
-    return replace(options, threads=threads or parallel.worker_threads())
+    return threads or available
 
 
-def saved_options(out: Path) -> dict[str, Any] | None:
-    """Return the options of the run that a directory holds, by their names, or None if it holds none."""
+def _binding_threads(identity: dict[str, Any], ranks: int) -> bool:
+    """Whether the bits of a run depend on its threads, and it can still have the same."""
+    options = identity["options"]
+    return "threads" in options and not options.get("exact") and identity.get("ranks", 1) == ranks
+
+
+def saved_options(out: Path, ranks: int = 1) -> dict[str, Any] | None:
+    """Return the options of the run that a directory holds, by their names, or None if it holds none.
+
+    The number of threads is among them where so many ranks can go on to the same bits with it.
+    """
     path = out / snapshot.NAME
     if not path.exists():
         return None
     _, identity = snapshot.read_facts(path)
-    return {**identity["options"], **identity["paths"], "steps": identity["steps"]}
+    options = dict(identity["options"])
+    if not _binding_threads(identity, ranks):
+        options.pop("threads", None)
+    return {**options, **identity["paths"], "steps": identity["steps"]}
 
 
 def train_loop(
@@ -289,18 +342,19 @@ def train_loop(
     train: Literal["lora", "full"],
     save: SavesTo,
     report: Report,
+    ranks: Ranks = ALONE,
 ) -> FinetuneResult:
     """Train the model's adapters, or with train="full" all its parameters, as options says; NF4-10.
 
     options comes from prepare_output. Without a tokenizer no samples are drawn. The result, by save, goes to
-    options.out, and the best by held-out loss to its folder best/.
+    options.out, and the best by held-out loss to its folder best/. Rank 0 alone writes.
     """
-    loop = _Loop(model, tokenizer, data, options, train, save, report)
+    loop = _Loop(model, tokenizer, data, options, train, save, report, ranks)
     return loop.run()
 
 
 class _Loop:
-    """One run: what it works on, and where it stands."""
+    """One run: what it works on, and where it stands. All ranks go through it; rank 0 has the files."""
 
     def __init__(
         self,
@@ -311,32 +365,31 @@ class _Loop:
         train: Literal["lora", "full"],
         save: SavesTo,
         report: Report,
+        ranks: Ranks,
     ) -> None:
         self.model, self.tokenizer, self.data, self.options = model, tokenizer, data, options
-        self.train, self.save, self.report = train, save, report
+        self.train, self.save, self.report, self.ranks = train, save, report, ranks
         self.out = Path(options.out)
         self.checkpoint = self.out / snapshot.NAME
         self.heldout = evenly(data.heldout, options.eval_sequences)
-        self.identity = _identity(model, data, options, train)
-        self.engine = _engine(model, train, options)
+        self.identity = _identity(model, data, options, train, ranks.size)
+        ranks.agree({name: self.identity[name] for name in ("train", "model", "data")})
+        self.engine = _engine(model, train, options, ranks)
         self.progress = snapshot.Progress()
         self.saved_step = 0
+        self.log: TrainingLog | None = None
 
     def run(self) -> FinetuneResult:
-        for folder in (self.out, self.out / BEST):
-            for leftover in folder.glob(".*.tmp"):  # of a save that was killed
-                leftover.unlink()
-        if self.checkpoint.exists():
+        if self.ranks.first(self._clean_up):
             self._resume()
         else:
             self._begin()
         seconds = self.progress.seconds
-        log = TrainingLog(self.out / LOG, step=self.progress.step, eval_before=self.progress.eval_before)
+        self.ranks.first(self._open_log)
         try:
-            tokens = self._train(log)
+            tokens = self._train()
             self.engine.store()
-            self.save(self.out)
-            draw(self.out / LOG, self.out / PICTURE)
+            self.ranks.first(self._finish)
         except InputError as error:  # the input was good when the run began: it is the disk
             raise CheckFailed(
                 f"{error}; the checkpoint of step {self.saved_step} is whole: --resume from it"
@@ -353,12 +406,23 @@ class _Loop:
             best_step=progress.best_step,
             sample_prompt=progress.sample_prompt,
             sample_before=progress.sample_before,
-            sample_after=self._sample()[1],
+            sample_after=self.ranks.first(self._sample)[1],
             tokens=tokens,
             seconds=progress.seconds - seconds,
         )
 
-    def _train(self, log: TrainingLog) -> int:
+    def _clean_up(self) -> bool:
+        """Remove what a save that was killed left; return whether there is a checkpoint."""
+        for folder in (self.out, self.out / BEST):
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
+        return self.checkpoint.exists()
+
+    def _finish(self) -> None:
+        self.save(self.out)
+        draw(self.out / LOG, self.out / PICTURE)
+
+    def _train(self) -> int:
         """Make the steps that are left, or those up to a Ctrl-C; return the tokens they took."""
         options, tokens = self.options, 0
         order = ordering(
@@ -368,46 +432,72 @@ class _Loop:
             group_by_length=options.group_by_length,
         )
         self.report.start(self.progress.step, options.steps)
-        with log, _interrupts() as interrupted:
-            while self.progress.step < options.steps and not interrupted():
+        with self.log or nullcontext(), _interrupts() as interrupted:
+            while self.progress.step < options.steps and not self.ranks.any(interrupted()):
                 record = self._step(order)
-                log.write(record)
+                self._write_log(record)
                 self.report.step(record)
                 tokens += record["tokens"]
                 step = self.progress.step
                 last = step == options.steps
                 evaluates = last or (options.eval_every > 0 and step % options.eval_every == 0)
                 if evaluates:
-                    self._evaluate(log)
+                    self._evaluate()
                 if last or (step % options.save_every == 0 if options.save_every else evaluates):
-                    self._save_checkpoint(log)
+                    self._save_checkpoint()
             if self.saved_step != self.progress.step:
-                self._save_checkpoint(log)
+                self._save_checkpoint()
         return tokens
+
+    def _open_log(self) -> None:
+        self.log = TrainingLog(self.out / LOG, step=self.progress.step, eval_before=self.progress.eval_before)
+
+    def _write_log(self, record: dict[str, Any]) -> None:
+        self.ranks.first(lambda: self.log.write(record) if self.log else None)
 
     def _begin(self) -> None:
         """Measure the untrained model and write the checkpoint of step 0: from here it can be resumed."""
-        prompt, text = self._sample()
+        prompt, text = self.ranks.first(self._sample)
         loss = self._heldout_loss()
         self.progress = snapshot.Progress(
             eval_before=loss, eval_last=loss, sample_prompt=prompt, sample_before=text
         )
         self.report.evaluation(0, loss)
+        self.ranks.first(self._make_out)
+        self._save_checkpoint()
+
+    def _make_out(self) -> None:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.out}: can't be made ({error.strerror})") from None
-        self._save_checkpoint(None)
 
     def _resume(self) -> None:
-        saved = snapshot.read_facts(self.checkpoint)[1]
-        exact = bool(saved["options"].get("exact")) and self.options.exact
-        pair = (_comparable(identity, exact) for identity in (saved, self.identity))
-        snapshot.check_identity(self.checkpoint, *pair)
-        self.progress = snapshot.restore(self.checkpoint, self.engine.optimizer)
+        optimizer = self.engine.optimizer
+        self.progress = self.ranks.first(self._restore)
+        for arrays in (optimizer.params, optimizer.m, optimizer.v):
+            for array in arrays.values():
+                self.ranks.spread_array(array)
+        if self.ranks.rank:
+            optimizer.restore(self.progress.step, optimizer.m, optimizer.v)
         self.engine.load()
         self.saved_step = self.progress.step
         self.report.note(f"going on after step {self.progress.step} of {self.out}")
+
+    def _restore(self) -> snapshot.Progress:
+        """Put the checkpoint of this run into the optimizer. Raises InputError if it is another run's."""
+        saved = snapshot.read_facts(self.checkpoint)[1]
+        exact = bool(saved["options"].get("exact")) and self.options.exact
+        alike = exact or saved.get("ranks", 1) == self.ranks.size
+        if not alike:
+            self.report.note(
+                f"begun on {saved.get('ranks', 1)} ranks, continued on {self.ranks.size}: without --exact "
+                "its last bits depend on their number"
+            )
+        free = _FREE_IF_EXACT if exact else () if alike else ("threads",)
+        pair = (_comparable(identity, free) for identity in (saved, self.identity))
+        snapshot.check_identity(self.checkpoint, *pair)
+        return snapshot.restore(self.checkpoint, self.engine.optimizer)
 
     def _step(self, order: Callable[[int], int]) -> dict[str, Any]:
         """Make one update; return its record for the log."""
@@ -437,16 +527,16 @@ class _Loop:
             "seconds": round(seconds, 4),
         }
 
-    def _evaluate(self, log: TrainingLog) -> None:
+    def _evaluate(self) -> None:
         """Log the held-out loss; keep the result if it is the best so far."""
         progress = self.progress
         progress.eval_last = loss = self._heldout_loss()
-        log.write({"step": progress.step, "eval_loss": loss})
+        self._write_log({"step": progress.step, "eval_loss": loss})
         self.report.evaluation(progress.step, loss)
         if progress.best_loss is None or loss < progress.best_loss:
             # Before the checkpoint that knows of it: a kill between the two only makes the run find it again.
             self.engine.store()
-            self.save(self.out / BEST)
+            self.ranks.first(lambda: self.save(self.out / BEST))
             progress.best_loss, progress.best_step = loss, progress.step
 
     def _heldout_loss(self) -> float:
@@ -464,12 +554,33 @@ class _Loop:
             f"{self.options.max_grad_norm:g}), or a longer --warmup, in a new --out"
         )
 
-    def _save_checkpoint(self, log: TrainingLog | None) -> None:
-        if log is not None:
-            log.sync()
+    def _save_checkpoint(self) -> None:
         self.engine.store()
-        snapshot.save(self.checkpoint, self.engine.optimizer, self.progress, self.identity)
+        self._compare_ranks()
+
+        def save() -> None:
+            if self.log is not None:
+                self.log.sync()
+            snapshot.save(self.checkpoint, self.engine.optimizer, self.progress, self.identity)
+
+        self.ranks.first(save)
         self.saved_step = self.progress.step
+
+    def _compare_ranks(self) -> None:
+        """Raise CheckFailed where ranks have come to hold different results, which only a fault can do."""
+        if self.ranks.size == 1:
+            return
+        total = hashlib.sha256()
+        for array in self.engine.optimizer.params.values():
+            total.update(array.reshape(-1).view(np.uint8).data)
+        found = self.ranks.gather((total.hexdigest(), self.ranks.host))
+        for rank, (digest, host) in enumerate(found):
+            if digest != found[0][0]:
+                raise CheckFailed(
+                    f"step {self.progress.step}: rank {rank} on {host} holds other bits than rank 0 on "
+                    f"{found[0][1]}, so a processor, a GPU or memory is at fault; the last good checkpoint "
+                    f"is step {self.saved_step} in {self.checkpoint}"
+                )
 
     def _sample(self) -> tuple[str, str]:
         """Return the beginning of the first held-out example and how the model goes on from it."""
@@ -495,7 +606,7 @@ class _Loop:
         return self.tokenizer.decode(prompt), text
 
 
-def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptions) -> Engine:
+def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptions, ranks: Ranks) -> Engine:
     settings: dict[str, Any] = {
         "batch_size": options.batch_size,
         "max_grad_norm": options.max_grad_norm,
@@ -503,24 +614,32 @@ def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptio
         "checkpointing": options.checkpointing,
         "seed": options.seed,
         "threads": options.threads or parallel.worker_threads(),
+        "ranks": ranks,
     }
     if options.device == "cuda":
         if not options.exact:
             raise InputError(
                 "--device cuda: it trains with --exact only; leave --device away, or add --exact"
             )
-        try:
-            from nf4_gpu.arrays import require_gpu
-
-            require_gpu()
-        except ImportError as error:
-            raise InputError(f"--device cuda: {error}") from error
+        ranks.each(_require_gpu)
+        from nf4_gpu.ranks import take_device
         from nf4_gpu.train.exact import ExactEngine as ExactEngineOnDevice
 
+        take_device(ranks)
         return ExactEngineOnDevice(model, **settings)
     if options.exact:
         return ExactEngine(model, **settings)
     return FastEngine(model, train, **settings)
+
+
+def _require_gpu() -> None:
+    """Raise InputError, with the reason, where there is no GPU or no CuPy."""
+    try:
+        from nf4_gpu.arrays import require_gpu
+
+        require_gpu()
+    except ImportError as error:
+        raise InputError(f"--device cuda: {error}") from error
 
 
 def _sample_prompt(example: Example) -> list[int]:
@@ -530,10 +649,13 @@ def _sample_prompt(example: Example) -> list[int]:
     return ids
 
 
-def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) -> dict[str, Any]:
-    """Return what makes two runs the same one: the options and digests of the weights and the examples."""
+def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str, ranks: int) -> dict[str, Any]:
+    """Return what makes two runs the same one: the options and digests of the weights and the examples.
+
+    The ranks are told where bits depend on their number.
+    """
     given = asdict(options)
-    return {
+    identity = {
         "options": {name: value for name, value in given.items() if name not in _FREE}
         | {"targets": list(options.targets)},
         "paths": {
@@ -545,13 +667,14 @@ def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) ->
         "model": _model_digest(model),
         "data": data.digest(),
     }
+    return identity if options.exact else identity | {"ranks": ranks}
 
 
-def _comparable(identity: dict[str, Any], exact: bool) -> dict[str, Any]:
+def _comparable(identity: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
     """What must be the same; options that an older version did not know have their defaults."""
     known = {f.name: f.default for f in fields(FinetuneOptions) if f.name in ("device", "exact")}
     options = known | identity["options"]
-    plain = {_flag(name): value for name, value in options.items() if not (exact and name in _FREE_IF_EXACT)}
+    plain = {_flag(name): value for name, value in options.items() if name not in free}
     return plain | {name: identity[name] for name in ("train", "model", "data")}
 
 

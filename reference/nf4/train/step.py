@@ -55,18 +55,17 @@ def train_step(
     checkpointing: bool,
     seed: int,
     threads: int,
+    targets: int | None = None,
 ) -> StepResult:
     """Return the mean loss and its gradient over all micro-batches, each (examples, samples). NF4-10.9
 
     The loss of every token weighs the same whatever micro-batch it is in. Gradients are summed micro-batch by
     micro-batch and group by group, so their bits depend on the number of threads but not on which ends first.
-    Raises InputError where no token of the step is a target.
+    targets: those of the whole step where these micro-batches are a share of it; the losses and gradients of
+    the shares then add up to the step's. Raises InputError where no token of the step is a target.
     """
-    targets = sum(
-        int((example.targets != IGNORE).sum()) for examples, _ in micro_batches for example in examples
-    )
-    if not targets:
-        raise InputError("the step has no target token: every target is -100; leave such sequences out")
+    if targets is None:
+        targets = count_targets([example for examples, _ in micro_batches for example in examples])
     loss, tokens, grads = 0.0, 0, dict[str, NDArray[Any]]()
 
     def work(batch: Batch) -> tuple[float, dict[str, NDArray[Any]]]:
@@ -86,14 +85,28 @@ def train_step(
     return StepResult(loss / targets, grads, tokens)
 
 
-def evaluate(model: Llama, examples: Sequence[Example], *, batch_size: int, threads: int) -> float:
-    """Return the mean loss over the target tokens of all examples, in nats, without dropout."""
-    targets = sum(int((example.targets != IGNORE).sum()) for example in examples)
+def evaluate(
+    model: Llama, examples: Sequence[Example], *, batch_size: int, threads: int, targets: int | None = None
+) -> float:
+    """Return the mean loss over the target tokens of all examples, in nats, without dropout.
+
+    targets: those of all examples where these are a share of them; the shares' results then add up to it.
+    """
+    if targets is None:
+        targets = count_targets(examples)
     loss = 0.0
     for start in range(0, len(examples), batch_size):
         part = examples[start : start + batch_size]
         loss += sum(found for _, found in over_groups(model.loss, part, range(len(part)), threads))
     return loss / targets
+
+
+def count_targets(examples: Sequence[Example]) -> int:
+    """The target tokens of sequences. Raises InputError where there is none (NF4-10.9)."""
+    targets = sum(int((example.targets != IGNORE).sum()) for example in examples)
+    if not targets:
+        raise InputError("the step has no target token: every target is -100; leave such sequences out")
+    return targets
 
 
 def over_groups(

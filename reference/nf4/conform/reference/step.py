@@ -21,8 +21,9 @@ from nf4.model.llama import TARGETS, Batch, Llama, check_params
 from nf4.tensor import QuantizedTensor, quantize
 from nf4.train.adamw import AdamW, clip_grad_norm
 from nf4.train.data import Example
-from nf4.train.exact import ExactEngine, PairwiseSum
+from nf4.train.exact import ExactEngine
 from nf4.train.schedule import learning_rate
+from nf4.train.shares import PairwiseSum
 from nf4.train.step import make_batch
 
 Array = NDArray[Any]
