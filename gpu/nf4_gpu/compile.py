@@ -27,6 +27,8 @@ OPTIONS = (
     "-default-device",
     "--ptxas-options=--verbose",  # registers, shared memory and spills, in the log
 )
+FUSED = frozenset(f"model/{name}.cu" for name in ("attention", "lora", "norm", "ops", "rope"))
+"""Sources whose products and sums may be fused: they only need speed, and carry a tolerance."""
 OLDEST = 75
 _SHARED_BY_DEFAULT = 48 << 10
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
@@ -41,7 +43,8 @@ def compile_kernels(
     """
     text = (ROOM / source).read_text("utf-8")
     headers = sorted(ROOM.glob("*.cuh"))
-    options = (*OPTIONS, f"--gpu-architecture={kind}_{arch}", *(f"-D{k}={v}" for k, v in defines.items()))
+    given = (f"--gpu-architecture={kind}_{arch}", *(f"-D{k}={v}" for k, v in defines.items()))
+    options = (*options_of(source), *given)
     program = nvrtc.createProgram(
         text, source, tuple(h.read_bytes() for h in headers), tuple(h.name.encode() for h in headers)
     )
@@ -53,6 +56,13 @@ def compile_kernels(
         raise RuntimeError(f"{source} for sm_{arch}: {error}\n{nvrtc.getProgramLog(program)}") from error
     finally:
         nvrtc.destroyProgram(program)
+
+
+def options_of(source: str) -> tuple[str, ...]:
+    """Return the compiler's options for a source, but for architecture and defines."""
+    if source not in FUSED:
+        return OPTIONS
+    return tuple("--fmad=true" if option == "--fmad=false" else option for option in OPTIONS)
 
 
 @cache
@@ -89,10 +99,10 @@ def cache_directory() -> Path:
 
 
 def _cached(source: str, arch: int, defines: Mapping[str, int]) -> bytes:
-    key = hashlib.sha256(repr((nvrtc.getVersion(), OPTIONS, arch, sorted(defines.items()))).encode())
+    key = hashlib.sha256(repr((nvrtc.getVersion(), options_of(source), arch, sorted(defines.items()))).encode())
     for path in [ROOM / source, *sorted(ROOM.glob("*.cuh"))]:
         key.update(path.read_bytes())
-    file = cache_directory() / f"{source.removesuffix('.cu')}-{key.hexdigest()[:32]}.cubin"
+    file = cache_directory() / f"{Path(source).stem}-{key.hexdigest()[:32]}.cubin"
     try:
         return file.read_bytes()
     except OSError:

@@ -1,0 +1,232 @@
+// What adapters need beside products with weights: narrow products x A^T and dy B, the gradients of A and B, dropout.
+// Defines: DTYPE (BFLOAT16); PAIRS: of eights of columns of the narrow side, 1 to 4; ACROSS (0, 1): how project's factor lies.
+// Fused multiply-adds: nothing here is exact but the masks of dropout (NF4-11.4).
+#include "philox.cuh"
+#include "tensorcore.cuh"
+
+#define STAGES 4
+#define DEPTH 64                  // of the sum, a stage
+#define NARROW (16 * PAIRS)       // columns, with those that are not there
+#define PITCH (DEPTH + 8)         // elements between rows in shared memory, so that no bank is met twice
+#define NARROW_PITCH (NARROW + 8)
+#define WIDE_STAGE (64 * PITCH)
+#define NARROW_STAGE (DEPTH * NARROW_PITCH > NARROW * PITCH ? DEPTH * NARROW_PITCH : NARROW * PITCH)
+
+// Of [.., NARROW_PITCH] in shared memory, 16 rows (the depth) by 16 columns from `column` on: b of two products.
+__device__ __forceinline__ void load_across(u32 b[4], const Element* rows, int column, int lane) {
+  load_transposed(b, rows + lane % 16 * NARROW_PITCH + column + lane / 16 * 8);
+}
+
+// y [rows, columns] = alpha x m, for x [rows, depth] and m [columns, depth], or with ACROSS [depth, columns]; columns and depth
+// are multiples of 8. A thread block takes 64 rows and one of gridDim.y parts of the depth; the last of the parts to end
+// adds up what all of them left in partial [tiles, parts, 64, NARROW], in order; counters [tiles] are 0 before and after. y is
+// also written to `copy` if given.
+extern "C" __global__ void __launch_bounds__(128)
+    project(const Element* x, i64 x_pitch, const Element* m, i64 m_pitch, i64 rows, i64 depth, i64 columns, float alpha,
+            Element* y, i64 y_pitch, Element* copy, i64 copy_pitch, float* partial, u32* counters) {
+  DYNAMIC_SHARED(memory);
+  Element* wide = (Element*)memory;
+  Element* narrow_side = wide + STAGES * WIDE_STAGE;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  i64 row0 = (i64)blockIdx.x * 64;
+  int stages = (int)((depth + DEPTH - 1) / DEPTH), parts = gridDim.y;
+  int first = (int)((i64)stages * blockIdx.y / parts), last = (int)((i64)stages * (blockIdx.y + 1) / parts);
+
+  auto load = [&](int stage) {
+    if (stage < last) {
+      Element* to = wide + stage % STAGES * WIDE_STAGE;
+      i64 d0 = (i64)stage * DEPTH;
+      for (int i = threadIdx.x; i < 64 * (DEPTH / 8); i += 128) {
+        int r = i / (DEPTH / 8), c = i % (DEPTH / 8) * 8;
+        bool there = row0 + r < rows && d0 + c < depth;
+        copy_async(to + r * PITCH + c, there ? x + (row0 + r) * x_pitch + d0 + c : x, there);
+      }
+      to = narrow_side + stage % STAGES * NARROW_STAGE;
+#if ACROSS
+      for (int i = threadIdx.x; i < DEPTH * (NARROW / 8); i += 128) {
+        int r = i / (NARROW / 8), c = i % (NARROW / 8) * 8;
+        bool there = d0 + r < depth && c < columns;
+        copy_async(to + r * NARROW_PITCH + c, there ? m + (d0 + r) * m_pitch + c : m, there);
+      }
+#else
+      for (int i = threadIdx.x; i < NARROW * (DEPTH / 8); i += 128) {
+        int r = i / (DEPTH / 8), c = i % (DEPTH / 8) * 8;
+        bool there = r < columns && d0 + c < depth;
+        copy_async(to + r * PITCH + c, there ? m + r * m_pitch + d0 + c : m, there);
+      }
+#endif
+    }
+    commit_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) load(first + i);
+
+  float sum[2 * PAIRS][4] = {};
+  for (int stage = first; stage < last; stage++) {
+    wait_copies<STAGES - 2>();
+    __syncthreads();
+    load(stage + STAGES - 1);
+    const Element* xs = wide + stage % STAGES * WIDE_STAGE + (warp * 16 + lane % 16) * PITCH + lane / 16 * 8;
+    const Element* ms = narrow_side + stage % STAGES * NARROW_STAGE;
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+      u32 a[4];
+      load_matrices(a, xs + k);
+#pragma unroll
+      for (int pair = 0; pair < PAIRS; pair++) {
+        u32 b[4];
+#if ACROSS
+        load_across(b, ms + k * NARROW_PITCH, pair * 16, lane);
+#else
+        load_matrices(b, ms + (pair * 16 + lane / 16 * 8 + lane % 8) * PITCH + k + lane / 8 % 2 * 8);
+#endif
+        multiply_add(sum[2 * pair], a, b[0], b[1]);
+        multiply_add(sum[2 * pair + 1], a, b[2], b[3]);
+      }
+    }
+  }
+  wait_copies<0>();
+
+  auto write = [&](i64 row, int column, float u, float v) {
+    if (row >= rows || column >= columns) return;
+    u32 pair = narrow_pair(alpha * u, alpha * v);
+    *(u32*)(y + row * y_pitch + column) = pair;
+    if (copy) *(u32*)(copy + row * copy_pitch + column) = pair;
+  };
+  if (parts == 1) {
+#pragma unroll
+    for (int n = 0; n < 2 * PAIRS; n++)
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        write(row0 + warp * 16 + lane / 4 + i * 8, n * 8 + lane % 4 * 2, sum[n][2 * i], sum[n][2 * i + 1]);
+    return;
+  }
+  float* all = partial + (i64)blockIdx.x * parts * 64 * NARROW;
+  float* mine = all + (i64)blockIdx.y * 64 * NARROW;
+#pragma unroll
+  for (int n = 0; n < 2 * PAIRS; n++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      int row = warp * 16 + lane / 4 + i * 8, column = n * 8 + lane % 4 * 2;
+      *(float2*)(mine + row * NARROW + column) = make_float2(sum[n][2 * i], sum[n][2 * i + 1]);
+    }
+  __shared__ bool ours;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) ours = atomicInc(counters + blockIdx.x, parts - 1) == (u32)parts - 1;  // and 0 again
+  __syncthreads();
+  if (!ours) return;
+  __threadfence();
+  for (int i = threadIdx.x; i < 64 * NARROW / 2; i += 128) {
+    float u = 0.f, v = 0.f;
+    for (int part = 0; part < parts; part++) {
+      float2 p = __ldcg((const float2*)(all + (i64)part * 64 * NARROW) + i);
+      u += p.x, v += p.y;
+    }
+    write(row0 + i / (NARROW / 2), i % (NARROW / 2) * 2, u, v);
+  }
+}
+
+// A part of a gradient: out[f, j] += scale times the sum over tokens of y[t, f] z[t, j], for up to 64 features f. Rank j of a
+// group of adapters, in slots of `slot` columns, is row j / slot * ranks + j % slot of out if j % slot < ranks.
+struct Gradient {
+  const Element* y;
+  const Element* z;
+  float* out;
+  i64 feature_stride, rank_stride;  // in out
+  int y_pitch, z_pitch, features, columns;
+  int slot, ranks;
+  float scale;
+  int unused;
+};
+
+// A thread block makes one of the gradients from all the tokens.
+extern "C" __global__ void __launch_bounds__(128) gradients(const Gradient* all, i64 tokens) {
+  DYNAMIC_SHARED(memory);
+  Element* wide = (Element*)memory;
+  Element* narrow_side = wide + STAGES * WIDE_STAGE;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Gradient job = all[blockIdx.x];
+  int stages = (int)((tokens + DEPTH - 1) / DEPTH), pairs = (job.columns + 15) / 16;
+
+  auto load = [&](int stage) {
+    if (stage < stages) {
+      i64 t0 = (i64)stage * DEPTH;
+      Element* to = wide + stage % STAGES * WIDE_STAGE;
+      for (int i = threadIdx.x; i < DEPTH * 8; i += 128) {
+        int r = i / 8, c = i % 8 * 8;
+        bool there = t0 + r < tokens && c < job.features;
+        copy_async(to + r * PITCH + c, there ? job.y + (t0 + r) * job.y_pitch + c : job.y, there);
+      }
+      to = narrow_side + stage % STAGES * NARROW_STAGE;
+      for (int i = threadIdx.x; i < DEPTH * 2 * pairs; i += 128) {
+        int r = i / (2 * pairs), c = i % (2 * pairs) * 8;
+        bool there = t0 + r < tokens && c < job.columns;
+        copy_async(to + r * NARROW_PITCH + c, there ? job.z + (t0 + r) * job.z_pitch + c : job.z, there);
+      }
+    }
+    commit_copies();
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) load(i);
+
+  float sum[2 * PAIRS][4] = {};
+  for (int stage = 0; stage < stages; stage++) {
+    wait_copies<STAGES - 2>();
+    __syncthreads();
+    load(stage + STAGES - 1);
+    const Element* ys = wide + stage % STAGES * WIDE_STAGE + (lane / 16 * 8 + lane % 8) * PITCH + warp * 16 +
+                        lane / 8 % 2 * 8;
+    const Element* zs = narrow_side + stage % STAGES * NARROW_STAGE;
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += 16) {
+      u32 a[4];
+      load_transposed(a, ys + k * PITCH);
+#pragma unroll
+      for (int pair = 0; pair < PAIRS; pair++)
+        if (pair < pairs) {
+          u32 b[4];
+          load_across(b, zs + k * NARROW_PITCH, pair * 16, lane);
+          multiply_add(sum[2 * pair], a, b[0], b[1]);
+          multiply_add(sum[2 * pair + 1], a, b[2], b[3]);
+        }
+    }
+  }
+  wait_copies<0>();
+#pragma unroll
+  for (int n = 0; n < 2 * PAIRS; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int f = warp * 16 + lane / 4 + i / 2 * 8, j = n * 8 + lane % 4 * 2 + i % 2;
+      if (f >= job.features || j >= job.columns || j % job.slot >= job.ranks) continue;
+      i64 rank = j / job.slot * job.ranks + j % job.slot;
+      job.out[f * job.feature_stride + rank * job.rank_stride] += job.scale * sum[n][i];
+    }
+}
+
+// y [rows, width] = x where the mask keeps and 0 elsewhere, or with add y += x where it keeps (NF4-9.4). Row i is number
+// places[i] of sample samples[i]; width is a multiple of 8. A thread block takes a row and up to blockDim.x eights of it.
+extern "C" __global__ void drop_rows(const Element* x, i64 x_pitch, i64 width, const u32* samples, const int* places,
+                                     u32 k0, u32 k1, u32 stream, u32 threshold, bool add, Element* y, i64 y_pitch) {
+  i64 column = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 8, row = blockIdx.x;
+  if (column >= width) return;
+  u32 c[4] = {(u32)((places[row] * width + column) / 8), samples[row], stream, DROPOUT};
+  philox(c, k0, k1);
+  uint4 in = *(const uint4*)(x + row * x_pitch + column);
+  Element* to = y + row * y_pitch + column;
+  u32 w[4] = {in.x, in.y, in.z, in.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    u32 keep = ((c[i] & 0xffff) >= threshold ? 0xffffu : 0) | ((c[i] >> 16) >= threshold ? 0xffff0000u : 0);
+    w[i] &= keep;
+  }
+  if (add) {
+    uint4 before = *(const uint4*)to;
+    u32 b[4] = {before.x, before.y, before.z, before.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      w[i] = narrow_pair(widen((Element)(b[i] & 0xffff)) + widen((Element)(w[i] & 0xffff)),
+                         widen((Element)(b[i] >> 16)) + widen((Element)(w[i] >> 16)));
+  }
+  *(uint4*)to = make_uint4(w[0], w[1], w[2], w[3]);
+}
