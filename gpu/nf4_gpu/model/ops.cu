@@ -16,8 +16,9 @@ __device__ __forceinline__ void store(Element* p, const float v[8]) {
 }
 
 // x [row] = table [ids[row]], rows of `width`; the table may lie in the host's pinned memory.
-extern "C" __global__ void embed(const Element* table, const int* ids, i64 width, Element* x, i64 x_pitch) {
-  const Element* from = table + (i64)ids[blockIdx.x] * width;
+extern "C" __global__ void embed(const Element* table, i64 table_pitch, const int* ids, i64 width, Element* x,
+                                 i64 x_pitch) {
+  const Element* from = table + ids[blockIdx.x] * table_pitch;
   Element* to = x + (i64)blockIdx.x * x_pitch;
   for (int c = threadIdx.x * 8; c < width; c += blockDim.x * 8) *(uint4*)(to + c) = *(const uint4*)(from + c);
 }

@@ -1,0 +1,217 @@
+"""Launches of what adapters add to a group of linear layers: narrow products, gradients, dropout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from nf4.random import drop_threshold
+from numpy.typing import NDArray
+
+from nf4_gpu.arena import round_up
+from nf4_gpu.device import Device
+from nf4_gpu.matrix import Matrix
+from nf4_gpu.model.ops import BFLOAT16
+from nf4_gpu.model.weights import Adapter, Group
+
+SOURCE = "model/lora.cu"
+NARROWEST = 64  # columns up to which the kernels of lora.cu are used; wider ones are cuBLAS's
+TILE = 64  # rows, or features, of a thread block
+_STAGES, _DEPTH = 4, 64  # as there
+_RESIDENT = 3  # thread blocks that a processor is given
+GRADIENT = np.dtype(
+    [("y", "<u8"), ("z", "<u8"), ("out", "<u8"), ("feature_stride", "<i8"), ("rank_stride", "<i8")]
+    + [(name, "<i4") for name in ("y_pitch", "z_pitch", "features", "columns", "slot", "ranks")]
+    + [("scale", "<f4"), ("unused", "<i4")]
+)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Memory that the narrow products of a stream share: sums of parts, and counters that are 0 between."""
+
+    partial: int
+    counters: int
+
+
+def space_bytes(device_processors: int, rows: int) -> tuple[int, int]:
+    """Return the bytes of partial sums and of counters for matrices of up to so many rows."""
+    tiles = -(-rows // TILE)
+    return (tiles + _RESIDENT * device_processors) * TILE * NARROWEST * 4, tiles * 4
+
+
+def project(
+    device: Device,
+    x: Matrix,
+    m: Matrix,
+    y: Matrix,
+    space: Space,
+    *,
+    across: bool,
+    alpha: float = 1.0,
+    copy: Matrix | None = None,
+) -> None:
+    """y [rows, columns] = alpha x m^T for m [columns, depth], or alpha x m for m [depth, columns] if across.
+
+    Written to `copy` as well, if given. On MAIN, which the space is of.
+    """
+    if y.columns > NARROWEST:
+        device.multiply(x, m, y, transpose_b=not across, alpha=alpha)
+        if copy is not None:
+            device.copy_rows(copy, y)
+        return
+    pairs = -(-y.columns // 16)
+    tiles = -(-x.rows // TILE)
+    stages = -(-x.columns // _DEPTH)
+    parts = max(1, min(_RESIDENT * device.processors // tiles, stages // _STAGES))
+    device.launch(
+        SOURCE,
+        "project",
+        (tiles, parts),
+        128,
+        (
+            x.address, x.pitch, m.address, m.pitch, x.rows, x.columns, y.columns, np.float32(alpha),
+            y.address, y.pitch, *((copy.address, copy.pitch) if copy else (0, 0)),
+            space.partial, space.counters,
+        ),
+        shared=_shared(pairs),
+        DTYPE=BFLOAT16,
+        PAIRS=pairs,
+        ACROSS=int(across),
+    )  # fmt: skip
+
+
+def gradient_jobs(
+    group: Group, x: Matrix, dz: Matrix, dy: Matrix, z: Matrix, gradients: int
+) -> NDArray[np.void]:
+    """Return the parts of the gradients of a group's A and B, for memory at `gradients`, float32.
+
+    x [.., in] is the input, dz [.., narrow] s dy B, dy [.., out], z [.., narrow] x A^T.
+    """
+    jobs = []
+    adapters = group.adapters
+    for first in range(0, group.inputs, TILE):
+        out = gradients + (adapters[0].a + first) * 4
+        sizes = (min(TILE, group.inputs - first), group.narrow, group.slot, adapters[0].rank)
+        jobs.append(_job(x, first, dz, 0, out, (1, group.inputs), sizes, 1.0))
+    for module in group.modules:
+        adapter = module.adapter
+        if adapter is None:
+            continue
+        for first in range(0, module.outputs, TILE):
+            out = gradients + (adapter.b + first * adapter.rank) * 4
+            sizes = (min(TILE, module.outputs - first), group.slot, group.slot, adapter.rank)
+            y = module.row + first
+            jobs.append(_job(dy, y, z, adapter.start, out, (adapter.rank, 1), sizes, adapter.scale))
+    return np.array(jobs, GRADIENT)
+
+
+def input_jobs(group: Group, adapter: Adapter, x: Matrix, dz: Matrix, gradients: int) -> NDArray[np.void]:
+    """Return the parts of the gradient of one adapter's A, from an input of its own."""
+    jobs = []
+    for first in range(0, group.inputs, TILE):
+        out = gradients + (adapter.a + first) * 4
+        sizes = (min(TILE, group.inputs - first), group.slot, group.slot, adapter.rank)
+        jobs.append(_job(x, first, dz, adapter.start, out, (1, group.inputs), sizes, 1.0))
+    return np.array(jobs, GRADIENT)
+
+
+def gradients(device: Device, jobs: int, count: int, columns: int, tokens: int) -> None:
+    """Add the gradients of `count` jobs at an address, with at most so many columns of z, over the tokens."""
+    pairs = -(-columns // 16)
+    device.launch(
+        SOURCE,
+        "gradients",
+        (count,),
+        128,
+        (jobs, tokens),
+        shared=_shared(pairs),
+        DTYPE=BFLOAT16,
+        PAIRS=pairs,
+        ACROSS=0,
+    )
+
+
+def wide_gradients(
+    device: Device, group: Group, x: Matrix, dz: Matrix, dy: Matrix, z: Matrix, at: int, *, inputs: bool
+) -> None:
+    """The same by cuBLAS, for more columns than the kernel takes; those of A only if inputs."""
+    for module in group.modules:
+        adapter = module.adapter
+        if adapter is None:
+            continue
+        columns = slice(adapter.start, adapter.start + adapter.rank)
+        if inputs:
+            wide_input_gradient(device, group, adapter, x, dz, at)
+        b = _parameters(at + adapter.b * 4, module.outputs, adapter.rank)
+        rows = dy.part(columns=slice(module.row, module.row + module.outputs))
+        device.multiply(rows, z.part(columns=columns), b, transpose_a=True, alpha=adapter.scale, add=b)
+
+
+def wide_input_gradient(
+    device: Device, group: Group, adapter: Adapter, x: Matrix, dz: Matrix, at: int
+) -> None:
+    """The gradient of one adapter's A by cuBLAS."""
+    columns = slice(adapter.start, adapter.start + adapter.rank)
+    a = _parameters(at + adapter.a * 4, adapter.rank, group.inputs)
+    device.multiply(dz.part(columns=columns), x, a, transpose_a=True, add=a)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What keys a batch's dropout: addresses of the sample and the place in it of each row, and the seed."""
+
+    samples: int
+    places: int
+    seed: int
+
+    def rows(self, device: Device, adapter: Adapter, x: Matrix, y: Matrix, *, add: bool = False) -> None:
+        """Y = x where the adapter's mask keeps, else 0; or y += that (NF4-9.4)."""
+        vectors = x.columns // 8
+        block = min(256, round_up(vectors, 32))
+        device.launch(
+            SOURCE,
+            "drop_rows",
+            (x.rows, -(-vectors // block)),
+            block,
+            (
+                x.address, x.pitch, x.columns, self.samples, self.places, np.uint32(self.seed & 0xFFFFFFFF),
+                np.uint32(self.seed >> 32 & 0xFFFFFFFF), np.uint32(adapter.stream & 0xFFFFFFFF),
+                np.uint32(drop_threshold(adapter.dropout)), add, y.address, y.pitch,
+            ),
+            DTYPE=BFLOAT16,
+            PAIRS=1,
+            ACROSS=0,
+        )  # fmt: skip
+
+
+def keep_scale(adapter: Adapter) -> float:
+    """Return 1 / (probability of being kept), which the 16-bit lanes make 65536 / (65536 - threshold)."""
+    return 65536 / (65536 - drop_threshold(adapter.dropout))
+
+
+def _job(
+    y: Matrix,
+    feature: int,
+    z: Matrix,
+    column: int,
+    out: int,
+    strides: tuple[int, int],
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[float, ...]:
+    features, columns, slot, ranks = sizes
+    return (
+        y.address + 2 * feature, z.address + 2 * column, out, *strides, y.pitch, z.pitch, features, columns,
+        slot, ranks, scale, 0,
+    )  # fmt: skip
+
+
+def _parameters(address: int, rows: int, columns: int) -> Matrix:
+    return Matrix(address, rows, columns, columns, np.dtype(np.float32))
+
+
+def _shared(pairs: int) -> int:
+    """Bytes of dynamic shared memory of project and gradients: as in lora.cu."""
+    narrow = 16 * pairs
+    stage = TILE * (_DEPTH + 8) + max(_DEPTH * (narrow + 8), narrow * (_DEPTH + 8))
+    return 2 * _STAGES * stage
