@@ -27,10 +27,10 @@ OPTIONS = (
     "-default-device",
     "--ptxas-options=--verbose",  # registers, shared memory and spills, in the log
 )
-FUSED = frozenset(f"model/{name}.cu" for name in ("attention", "lora", "norm", "ops", "rope"))
+FUSED = frozenset(f"model/{name}.cu" for name in ("attention", "generate", "lora", "norm", "ops", "rope"))
 """Sources whose products and sums may be fused: they only need speed, and carry a tolerance."""
 OLDEST = 75
-_SHARED_BY_DEFAULT = 48 << 10
+_SHARED_BY_DEFAULT = 16 << 10
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 
 
@@ -73,7 +73,7 @@ def kernel(device: int, source: str, name: str, shared: int = 0, **defines: int)
     older than sm_75.
     """
     function = _module(device, source, **defines).get_function(name)
-    if shared > _SHARED_BY_DEFAULT:
+    if shared > _SHARED_BY_DEFAULT:  # with what is static it may not exceed 48 KB unasked
         driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
     return function
 

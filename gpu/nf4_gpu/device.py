@@ -79,6 +79,9 @@ class Device(Protocol):
     def wait(self, mark: Mark) -> None:
         """Let the current stream wait for a place in another."""
 
+    def reached(self, mark: Mark) -> None:
+        """Wait, here, for a place in a stream."""
+
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Record what run calls on MAIN, and on streams that wait for it and that it waits for; don't do it.
 
@@ -225,6 +228,10 @@ class Cuda:
     def wait(self, mark: Mark) -> None:
         """Let the current stream wait for an event."""
         self._streams[self._current].wait_event(mark)
+
+    def reached(self, mark: Mark) -> None:
+        """Wait for an event."""
+        mark.synchronize()
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Capture run into a graph; returns its launch."""

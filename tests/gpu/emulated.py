@@ -169,29 +169,33 @@ class Emulated:
             self._current = before
 
     def mark(self) -> Any:
-        place: list[int] = [0, 0]  # the stream, and what must be done of it
+        place: list[Any] = [0, 0, self._recording]  # the stream, what must be done of it, and in which recording
         stream = self._current
 
         def run() -> None:
-            place[:] = stream, self._done[stream] + len(self._queues[stream])
+            place[:2] = stream, self._done[stream] + len(self._queues[stream])
 
         self._at_once(run)
         return place
 
     def wait(self, mark: Any) -> None:
+        assert mark[2] is self._recording  # as CUDA demands
         if self._current == MAIN:
-            self._at_once(lambda: self._drain(*mark))
+            self._at_once(lambda: self._drain(*mark[:2]))
         else:
             fixed: list[tuple[int, int]] = []  # the place when this wait was called
             queue = self._current
 
             def run() -> None:
-                fixed.append(tuple(mark))
+                fixed.append((mark[0], mark[1]))
                 self._queues[queue].append(lambda: self._drain(*fixed.pop(0)))
                 if not self.late:
                     self._drain(queue, self._done[queue] + len(self._queues[queue]))
 
             self._at_once(run)
+
+    def reached(self, mark: Any) -> None:
+        self._drain(*mark[:2])
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         assert self._recording is None

@@ -172,6 +172,7 @@ class Network:
         self.parameter_count, self.adapter_dtype = parameters, adapter_dtype
         adapted = [i for i, groups in enumerate(layers) if any(group.narrow for group in groups.values())]
         self.bottom = min(adapted, default=config.num_hidden_layers)
+        self._reading: dict[int, Mark] = {}  # by address: until when another stream reads there
         self._dropout = any(a.dropout > 0 for groups in layers for g in groups.values() for a in g.adapters)
         self._shape = attention.shape_for(config.head_dim, shared_memory)
         self._lay_out(arena, forms, processors)
@@ -429,12 +430,44 @@ class Network:
         """The positions' angles."""
         return self._angles
 
+    @property
+    def heads(self) -> list[Heads]:
+        """The heads of each layer."""
+        return self._heads
+
+    @property
+    def embedding(self) -> Matrix:
+        """The rows of tokens, on the device or in pinned memory of the host."""
+        return self._embedding
+
+    @property
+    def spare(self) -> tuple[int, int]:
+        """The address and bytes of memory that a pass uses only if its gradients are wanted."""
+        if not self.limits.training or self.bottom > 0 or len(self.layers) < 3:
+            return 0, 0
+        return self._xs[2].address, sum(x.nbytes for x in self._xs[2:-1])
+
+    def small(self, name: str) -> int:
+        """Return the address of a norm's weight, float32."""
+        return self._small[name]
+
+    def bias(self, i: int, key: str) -> int:
+        """Return the address of a group's bias, bfloat16, or 0."""
+        return self._small.get(f"{i} {key}", 0)
+
     # ---- passes ------------------------------------------------------------------------------------------
 
     def loss(self, shape: Pass, total: int) -> None:
         """Launch a pass over the inputs; the sum of its losses is added to the float64 at `total`."""
         x = self._forward_all(shape, keep=False)
         self._head(shape, x, total, 0)
+
+    def prompt(self, shape: Pass, length: int, caches: Sequence[tuple[Matrix, Matrix]]) -> Matrix:
+        """Launch a pass over one sequence; rotated keys, and values, go to the caches. Returns the last x."""
+        self._caches, self._cached = caches, length
+        x = self._forward_all(shape, keep=False)
+        self._caches = None
+        return x
 
     def loss_and_gradients(self, shape: Pass, total: int, scale: int, seed: int) -> None:
         """Launch a pass forward and backward: to the gradients is added that of the losses times a float32.
@@ -445,13 +478,12 @@ class Network:
         self._dropping = None
         if shape.drop and self._dropout:
             self._dropping = Dropped(self.inputs.at("samples"), self.inputs.at("places"), seed)
-        self._reading: dict[int, Mark] = {}
         x = self._forward_all(shape, keep=True)
         self._head(shape, x, total, scale)
         self._backward_all(shape)
         for mark in self._reading.values():
             self._device.wait(mark)
-        self._dropping = None
+        self._reading, self._dropping = {}, None
 
     def _forward_all(self, shape: Pass, keep: bool) -> Matrix:
         depth = len(self.layers)
@@ -478,6 +510,10 @@ class Network:
         rotated = self._rotate(i, kept, shape)
         q, k, _ = attention.split(rotated, heads)
         v = attention.split(kept.qkv, heads)[2]
+        if self._caches is not None:
+            for cache, rows in zip(self._caches[i], (k, v), strict=True):
+                part = slice(0, self._cached)
+                device.copy_rows(cache.part(part), rows.part(part))
         where = self.inputs.at("forward"), self.inputs.forward_tiles(shape.tokens)
         attention.attend(device, self._shape, heads, q, k, v, where, kept.mixed, kept.lse)
         self._linear(i, "o", kept.mixed, kept.middle, keep, add=x)
@@ -544,7 +580,7 @@ class Network:
             out.part(columns=slice(0, group.outputs)),
             transpose_b=True,
             add=add,
-            bias=self._small.get(f"{i} {key}", 0),
+            bias=self.bias(i, key),
         )
 
     def _head(self, shape: Pass, x: Matrix, total: int, scale: int) -> None:
@@ -755,7 +791,8 @@ class Network:
                 self._device.wait(mark)
 
     _dropping: Dropped | None = None
-    _reading: dict[int, Mark] = {}  # noqa: RUF012
+    _caches: Sequence[tuple[Matrix, Matrix]] | None = None
+    _cached = 0
 
 
 def check_supported(config: LlamaConfig) -> None:

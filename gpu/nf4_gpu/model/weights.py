@@ -255,6 +255,8 @@ class Weights:
             return tables[key]
 
         at = self._job_memory
+        self.sources: list[dict[str, dict[str, int]]] = []
+        """By layer and module: where its arrays lie, its codebook's values and the 8-bit map, if it has them."""
         for i, groups in enumerate(self.layers):
             block = np.zeros(self._sizes[i], np.uint8)
             if i >= self.resident:
@@ -270,12 +272,19 @@ class Weights:
                     block[offset : offset + size] = arrays[name][:size]
                     sources[module.name][name] = self._places[i] + offset
                     offset += round_up(size, 16)
+                if form.block_size:
+                    sources[module.name]["values"] = table(_codebook_values(value.codebook))
+                    sources[module.name]["block_shift"] = form.block_size.bit_length() - 1
+                if form.nested:
+                    sources[module.name]["map"] = table(np.asarray(value.absmax.map, np.float32))
+                    sources[module.name]["nested_shift"] = form.nested.bit_length() - 1
+            self.sources.append(sources)
             if i < self.resident:
                 _send(device, self._places[i], block)
             for part, keys in PARTS.items():
                 jobs, blocks = [], 0
                 for key in keys:
-                    for job in self._group_jobs(i, groups[key], sources, params, table):
+                    for job in self._group_jobs(i, groups[key], sources):
                         job["first"] = blocks
                         blocks += -(-int(job["rows"]) * (int(job["columns"]) // 8) // _VECTORS)
                         jobs.append(job)
@@ -297,6 +306,11 @@ class Weights:
         assert host is not None
         self._device.copy(self._places[layer], host.ctypes.data, host.nbytes)
 
+    def settle(self, layer: int) -> None:
+        """Bring a layer to its place, on the current stream, unless it stays there."""
+        if layer >= self.resident:
+            self.fetch(layer)
+
     def place(self, layer: int) -> int:
         """Return the address that a layer's stored weights have while they are on the device."""
         return self._places[layer]
@@ -314,12 +328,7 @@ class Weights:
         return 3 * sum(1 for _ in _modules(groups))
 
     def _group_jobs(
-        self,
-        layer: int,
-        group: Group,
-        sources: Mapping[str, Mapping[str, int]],
-        params: Mapping[str, Any],
-        table: Any,
+        self, layer: int, group: Group, sources: Mapping[str, Mapping[str, int]]
     ) -> Iterator[Any]:
         buffer = self.buffers[layer][group.key]
         element = 4 if self._wide else 2
@@ -328,16 +337,9 @@ class Weights:
             rows = buffer.part(slice(module.row, module.row + module.outputs), slice(0, group.inputs))
             job["to"], job["pitch"] = rows.address, rows.pitch
             job["rows"], job["columns"] = rows.rows, rows.columns
-            for name, address in sources[module.name].items():
-                job[name] = address
-            value, form = params[f"{module.name}.weight"], self.forms[layer][module.name]
-            job["kind"] = _COPY
-            if form.block_size:
-                job["kind"], job["block_shift"] = _WEIGHT, form.block_size.bit_length() - 1
-                job["values"] = table(_codebook_values(value.codebook))
-                if form.nested:
-                    job["nested_shift"] = form.nested.bit_length() - 1
-                    job["map"] = table(np.asarray(value.absmax.map, np.float32))
+            for name, value in sources[module.name].items():
+                job[name] = value
+            job["kind"] = _WEIGHT if job["values"] else _COPY
             yield job
             adapter = module.adapter
             if group.narrow:  # zeros where there is no adapter
