@@ -27,8 +27,10 @@ OPTIONS = (
     "-default-device",
     "--ptxas-options=--verbose",  # registers, shared memory and spills, in the log
 )
-FUSED = frozenset(f"model/{name}.cu" for name in ("attention", "generate", "lora", "norm", "ops", "rope"))
+FUSED = frozenset(f"model/{name}.cu" for name in ("attention", "attention90", "generate", "lora", "norm", "ops", "rope"))
 """Sources whose products and sums may be fused: they only need speed, and carry a tolerance."""
+OF_ONE_ARCHITECTURE = frozenset(("model/attention90.cu",))
+"""Sources with instructions that no other architecture has: compiled for sm_90a."""
 OLDEST = 75
 _SHARED_BY_DEFAULT = 16 << 10
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
@@ -43,7 +45,8 @@ def compile_kernels(
     """
     text = (ROOM / source).read_text("utf-8")
     headers = sorted(ROOM.glob("*.cuh"))
-    given = (f"--gpu-architecture={kind}_{arch}", *(f"-D{k}={v}" for k, v in defines.items()))
+    own = "a" if source in OF_ONE_ARCHITECTURE else ""
+    given = (f"--gpu-architecture={kind}_{arch}{own}", *(f"-D{k}={v}" for k, v in defines.items()))
     options = (*options_of(source), *given)
     program = nvrtc.createProgram(
         text, source, tuple(h.read_bytes() for h in headers), tuple(h.name.encode() for h in headers)

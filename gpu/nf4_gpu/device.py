@@ -26,6 +26,7 @@ class Device(Protocol):
     """Where a model is computed. Calls go to the stream that `on` chose, and return before they are done."""
 
     processors: int
+    capability: int
     shared_memory: int
 
     def allocate(self, nbytes: int) -> int:
@@ -99,12 +100,13 @@ class Cuda:
         import cupy
 
         from nf4_gpu.blaslt import WORKSPACE, Products
-        from nf4_gpu.compile import processors, shared_memory
+        from nf4_gpu.compile import capability, processors, shared_memory
 
         self._cupy = cupy
         self._runtime = cupy.cuda.runtime
         self._number = self._runtime.getDevice()
         self.processors = processors(self._number)
+        self.capability = capability(self._number)
         self.shared_memory = shared_memory(self._number)
         self._memory: list[Any] = []  # what keeps it allocated
         self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(STREAMS)]

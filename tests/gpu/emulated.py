@@ -37,7 +37,8 @@ def library(source: str, **defines: int) -> ctypes.CDLL:
     code = [
         f'#include "{HERE / "emulate.h"}"',
         f'#include "{HERE / "tensorcore.cuh"}"',
-        *(line for line in text.splitlines() if '"tensorcore.cuh"' not in line),
+        *([f'#include "{HERE / "warpgroup.cuh"}"'] if '"warpgroup.cuh"' in text else []),
+        *(line for line in text.splitlines() if "tensorcore.cuh" not in line and "warpgroup.cuh" not in line),
         *(
             f'extern "C" void launch_{name}(const unsigned* grid, const unsigned* block, unsigned shared, '
             f"void** arguments, int count) {{ emulation::launch({name}, grid, block, shared, arguments, count); }}"
@@ -74,6 +75,7 @@ class Emulated:
     """A Device. late: streams other than MAIN do nothing until they are waited for."""
 
     processors = 3  # so few that splits happen at small sizes
+    capability = 90
     shared_memory = 227 << 10
 
     def __init__(self, late: bool = False) -> None:

@@ -12,54 +12,77 @@ from nf4_gpu.matrix import Matrix
 from nf4_gpu.model.ops import BFLOAT16
 from nf4_gpu.model.rope import Heads
 
-SOURCE = "model/attention.cu"
-BACKWARD_ROWS = 64  # queries or keys of a thread block backward
 _LOG2E = 1.4426950408889634
 _TILE = 4  # ints
+_OTHER = 3072  # bytes of shared memory that the kernels take beside what they are given
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernels of a head dimension are cut, and what shared memory they take."""
+    """How the kernels of a head dimension are cut, and what shared memory they take.
 
-    dim: int
-    rows: int  # queries of a thread block forward
-    keys: int
-    queries: int
-    passes: tuple[int, ...]  # of the backward of keys and values: both at once, or values and then keys
+    rows: queries of a thread block forward; back: queries or keys backward; passes: of the backward of keys and
+    values, both at once or values and then keys.
+    """
 
-    @property
-    def pitch(self) -> int:
-        """Bytes of a row in shared memory."""
-        return 2 * (-(-self.dim // 16) * 16 + 8)
-
-    @property
-    def forward_bytes(self) -> int:
-        """Shared memory forward."""
-        return (self.rows + 2 * self.keys) * self.pitch
+    source: str
+    threads: int
+    rows: int
+    back: int
+    forward_bytes: int
+    queries_bytes: int
+    keys_bytes: int
+    passes: tuple[int, ...]
+    defines: tuple[tuple[str, int], ...]
 
     @property
-    def backward_bytes(self) -> int:
-        """Shared memory backward, of the kernel that takes more."""
-        return (2 * BACKWARD_ROWS + 4 * max(self.keys, self.queries)) * self.pitch
+    def most_bytes(self) -> int:
+        """Shared memory of the kernel that takes most."""
+        return max(self.forward_bytes, self.queries_bytes, self.keys_bytes) + _OTHER
 
-    def defines(self, only: int = 0, shared: bool = False) -> dict[str, int]:
+    def defined(self, only: int = 0, shared: bool = False) -> dict[str, int]:
         """What the kernels are compiled with."""
-        return {
-            "DTYPE": BFLOAT16, "DIM": self.dim, "ROWS": self.rows, "KEYS": self.keys, "QUERIES": self.queries,
-            "ONLY": only, "SHARED": int(shared),
-        }  # fmt: skip
+        found = dict(self.defines) | {"DTYPE": BFLOAT16, "SHARED": int(shared)}
+        return found | ({"ONLY": only} if "KEYS" in found else {})
 
 
-def shape_for(dim: int, shared_memory: int) -> Shape:
-    """Return the cut for heads of a dimension on a device with so much shared memory."""
-    for shape in (
-        Shape(dim, 128 if dim <= 64 else 64, 64, 64 if dim <= 64 else 32, (0,)),
-        Shape(dim, 64, 32, 32, (0,)),
-    ):
-        if dim <= 128 and max(shape.forward_bytes, shape.backward_bytes) + 2048 <= shared_memory:
-            return shape
-    return Shape(dim, 64, 32, 32, (1, 2))
+def shape_for(dim: int, capability: int, shared_memory: int) -> Shape:
+    """Return the cut for heads of a dimension on a device of a compute capability, such as 90 for 9.0."""
+    if capability == 90 and dim in (64, 128):
+        return _by_warpgroups(dim)
+    if dim <= 128:
+        for shape in (
+            _by_warps(dim, 128 if dim <= 64 else 64, 64, 64 if dim <= 64 else 32, (0,)),
+            _by_warps(dim, 64, 32, 32, (0,)),
+        ):
+            if shape.most_bytes <= shared_memory:
+                return shape
+    return _by_warps(dim, 64, 32, 32, (1, 2))
+
+
+def _by_warpgroups(dim: int) -> Shape:
+    """The cut of attention90.cu: 128 rows of both sides forward, 64 of one backward; two of what is read in turn."""
+    tile, part = 128 * dim * 2, 64 * dim * 2
+    back = 1024 + 2 * tile + 4 * part
+    return Shape(
+        "model/attention90.cu", 256, 128, 128, 1024 + 5 * tile, back, back, (0,), (("DIM", dim),)
+    )
+
+
+def _by_warps(dim: int, rows: int, keys: int, queries: int, passes: tuple[int, ...]) -> Shape:
+    """The cut of attention.cu: so many queries a thread block forward, keys or queries at a time."""
+    pitch = 2 * (-(-dim // 16) * 16 + 8)
+    return Shape(
+        "model/attention.cu",
+        128,
+        rows,
+        64,
+        (rows + 2 * keys) * pitch,
+        (128 + 4 * keys) * pitch,
+        (128 + 4 * queries) * pitch,
+        passes,
+        (("DIM", dim), ("ROWS", rows), ("KEYS", keys), ("QUERIES", queries)),
+    )
 
 
 def tiles(lengths: Sequence[int], rows: int, count: int, *, late_first: bool) -> NDArray[np.int32]:
@@ -94,16 +117,16 @@ def attend(
     """out [tokens, queries dim] and lse, float32 [queries, tokens]; where: the address and count of tiles."""
     address, count = where
     device.launch(
-        SOURCE,
+        shape.source,
         "attend",
         (count, heads.queries),
-        128,
+        shape.threads,
         (
             q.address, q.pitch, k.address, k.pitch, v.address, v.pitch, address, heads.group, heads.window,
             _scale(heads), out.address, out.pitch, lse, q.rows,
         ),
         shared=shape.forward_bytes,
-        **shape.defines(),
+        **shape.defined(),
     )  # fmt: skip
 
 
@@ -132,30 +155,30 @@ def attend_backward(
     address, count = by_query
     inputs = (q.address, q.pitch, k.address, k.pitch, v.address, v.pitch)
     device.launch(
-        SOURCE,
+        shape.source,
         "attend_backward_queries",
         (count, heads.queries),
-        128,
+        shape.threads,
         (
             *inputs, out.address, out.pitch, dout.address, dout.pitch, lse, address, heads.group, heads.window,
             _scale(heads), dq.address, dq.pitch, delta, q.rows,
         ),
-        shared=(2 * BACKWARD_ROWS + 4 * shape.keys) * shape.pitch,
-        **shape.defines(),
+        shared=shape.queries_bytes,
+        **shape.defined(),
     )  # fmt: skip
     address, count = by_key
     for only in shape.passes:
         device.launch(
-            SOURCE,
+            shape.source,
             "attend_backward_keys",
             (count, heads.keys if shares is None else heads.queries),
-            128,
+            shape.threads,
             (
                 *inputs, dout.address, dout.pitch, lse, delta, address, heads.group, heads.window,
                 _scale(heads), dk.address, dv.address, d.pitch, *(shares or (0, 0)), q.rows,
             ),
-            shared=(2 * BACKWARD_ROWS + 4 * shape.queries) * shape.pitch,
-            **shape.defines(only, shares is not None),
+            shared=shape.keys_bytes,
+            **shape.defined(only, shares is not None),
         )  # fmt: skip
 
 

@@ -87,9 +87,9 @@ class _Kept:
 class Inputs:
     """The integers of a pass, in one block: where each lies on the device, and how the host fills it."""
 
-    def __init__(self, address: int, limits: Limits, rows_forward: int) -> None:
+    def __init__(self, address: int, limits: Limits, tiles: attention.Shape) -> None:
         tokens, rows = limits.tokens, limits.rows
-        self._forward_rows, self._sequences = rows_forward, limits.sequences
+        self._tiles, self._sequences = tiles, limits.sequences
         counts = {
             "ids": tokens, "positions": tokens, "samples": tokens, "places": tokens, "index": rows,
             "targets": rows, "forward": 4 * self.forward_tiles(tokens), "queries": 4 * self.backward_tiles(tokens),
@@ -108,11 +108,11 @@ class Inputs:
 
     def forward_tiles(self, tokens: int) -> int:
         """Return the tiles of attention forward that a pass of so many tokens can have."""
-        return -(-tokens // self._forward_rows) + self._sequences
+        return -(-tokens // self._tiles.rows) + self._sequences
 
     def backward_tiles(self, tokens: int) -> int:
         """Return those backward."""
-        return -(-tokens // attention.BACKWARD_ROWS) + self._sequences
+        return -(-tokens // self._tiles.back) + self._sequences
 
     def fill(
         self,
@@ -145,8 +145,8 @@ class Inputs:
         if left:
             lengths.append(left)
         count = self.forward_tiles(shape.tokens)
-        put("forward", attention.tiles(lengths, self._forward_rows, count, late_first=True).reshape(-1))
-        count, size = self.backward_tiles(shape.tokens), attention.BACKWARD_ROWS
+        put("forward", attention.tiles(lengths, self._tiles.rows, count, late_first=True).reshape(-1))
+        count, size = self.backward_tiles(shape.tokens), self._tiles.back
         put("queries", attention.tiles(lengths, size, count, late_first=True).reshape(-1))
         put("keys", attention.tiles(lengths, size, count, late_first=False).reshape(-1))
 
@@ -165,6 +165,7 @@ class Network:
         *,
         adapter_dtype: np.dtype[Any] = FLOAT32,
         processors: int = 132,
+        capability: int = 90,
         shared_memory: int = 227 << 10,
     ) -> None:
         check_supported(config)
@@ -174,7 +175,7 @@ class Network:
         self.bottom = min(adapted, default=config.num_hidden_layers)
         self._reading: dict[int, Mark] = {}  # by address: until when another stream reads there
         self._dropout = any(a.dropout > 0 for groups in layers for g in groups.values() for a in g.adapters)
-        self._shape = attention.shape_for(config.head_dim, shared_memory)
+        self._shape = attention.shape_for(config.head_dim, capability, shared_memory)
         self._lay_out(arena, forms, processors)
 
     def _lay_out(self, arena: Arena, forms: Sequence[Mapping[str, Form]], processors: int) -> None:
@@ -205,12 +206,16 @@ class Network:
         self.weights.write_at(shared)
         self._logits = Matrix(shared, self._logits_rows, self.padded, logits_row // 2, BFLOAT16)
 
-        self.inputs = Inputs(0, limits, self._shape.rows)
-        self.inputs = Inputs(arena.take("buffers", self.inputs.nbytes), limits, self._shape.rows)
+        self.inputs = Inputs(0, limits, self._shape)
+        self.inputs = Inputs(arena.take("buffers", self.inputs.nbytes), limits, self._shape)
         self._losses = arena.take("buffers", 4 * limits.rows)
         self._head_rstd = arena.take("buffers", 4 * limits.rows)
-        partial, counters = lora.space_bytes(processors, tokens)
-        self._space = Space(arena.take("buffers", partial), arena.take("buffers", counters))
+        self._processors = processors
+        widest = max(group.inputs + group.outputs for groups in self.layers for group in groups.values())
+        partial, counters = lora.space_bytes(processors, max(tokens, widest) // 64 + 16)
+        self._space, self._side_space = (
+            Space(arena.take("buffers", partial), arena.take("buffers", counters)) for _ in range(2)
+        )
 
         tail = max(tails["qkv"], tails["gate_up"])
         self._normed = arena.matrix("activations", tokens, hidden, tail=tail)
@@ -315,16 +320,21 @@ class Network:
     def _gradient_jobs(self, i: int, key: str) -> NDArray[np.void]:
         group = self.layers[i][key]
         x, dy = self._sides(i, key)
-        jobs = lora.gradient_jobs(group, x, _tail(dy, group.outputs, group), dy, self._zs[i][key], self.gradients)
+        dz, z, warps = _tail(dy, group.outputs, group), self._zs[i][key], self._warps(group)
+        jobs = lora.gradient_jobs(group, x, dz, dy, z, self.gradients, warps)
         if self._dropout:  # the input is another for each adapter: only those of B are left here
-            jobs = jobs[-(-group.inputs // lora.TILE) :]
+            jobs = jobs[-(-group.inputs // lora.TILES[warps]) :]
         return jobs
 
     def _input_jobs(self, i: int, key: str, adapter: Any) -> NDArray[np.void]:
         group = self.layers[i][key]
         assert self._dropped is not None
         _, dy = self._sides(i, key)
-        return lora.input_jobs(group, adapter, self._dropped, _tail(dy, group.outputs, group), self.gradients)
+        dz, warps = _tail(dy, group.outputs, group), self._warps(group)
+        return lora.input_jobs(group, adapter, self._dropped, dz, self.gradients, warps)
+
+    def _warps(self, group: Group) -> int:
+        return lora.gradient_warps(group, self._processors)
 
     def _sides(self, i: int, key: str) -> tuple[Matrix, Matrix]:
         """What a group's layer read, and the gradient of what it gave, as they lie when gradients are made."""
@@ -500,13 +510,15 @@ class Network:
         self._ahead.finish()
         return xs[depth]
 
-    def _attention_forward(self, i: int, x: Matrix, kept: _Kept, shape: Pass, keep: bool) -> None:
+    def _attention_forward(
+        self, i: int, x: Matrix, kept: _Kept, shape: Pass, keep: bool, again: bool = False
+    ) -> None:
         device, heads = self._device, self._heads[i]
         normed = self._normed.part(slice(0, shape.tokens))
         self._claim(normed, kept.qkv, kept.mixed, kept.middle)
         ops.rms_norm(device, x, self._norm(i, "input_layernorm"), normed, kept.rstd)
         self._ahead.use(i, "attention")
-        self._linear(i, "qkv", normed, kept.qkv, keep)
+        self._linear(i, "qkv", normed, kept.qkv, keep, again=again)
         rotated = self._rotate(i, kept, shape)
         q, k, _ = attention.split(rotated, heads)
         v = attention.split(kept.qkv, heads)[2]
@@ -516,7 +528,7 @@ class Network:
                 device.copy_rows(cache.part(part), rows.part(part))
         where = self.inputs.at("forward"), self.inputs.forward_tiles(shape.tokens)
         attention.attend(device, self._shape, heads, q, k, v, where, kept.mixed, kept.lse)
-        self._linear(i, "o", kept.mixed, kept.middle, keep, add=x)
+        self._linear(i, "o", kept.mixed, kept.middle, keep, add=x, again=again)
 
     def _rotate(self, i: int, kept: _Kept, shape: Pass) -> Matrix:
         rotated = kept.qkv if self._rotated is None else self._rotated.part(slice(0, shape.tokens))
@@ -533,7 +545,7 @@ class Network:
         self._claim(normed, kept.gate_up)
         ops.rms_norm(device, kept.middle, self._norm(i, "post_attention_layernorm"), normed, kept.middle_rstd)
         self._ahead.use(i, "mlp")
-        self._linear(i, "gate_up", normed, kept.gate_up, keep)
+        self._linear(i, "gate_up", normed, kept.gate_up, keep, again=y is None)
         if y is None:
             return
         self._claim(act)
@@ -545,17 +557,27 @@ class Network:
         return Norm(self._small[f"model.layers.{i}.{name}.weight"], self.config.rms_norm_eps)
 
     def _linear(
-        self, i: int, key: str, x: Matrix, out: Matrix, keep: bool, add: Matrix | None = None
+        self,
+        i: int,
+        key: str,
+        x: Matrix,
+        out: Matrix,
+        keep: bool,
+        add: Matrix | None = None,
+        again: bool = False,
     ) -> None:
-        """Out = x W^T + s z B^T + bias + add; z = x A^T is left beside x, and kept if so wished."""
+        """Out = x W^T + s z B^T + bias + add; z = x A^T is left beside x, and kept if so wished.
+
+        again: it is kept already.
+        """
         device, group, buffer = self._device, self.layers[i][key], self.weights.buffers[i][key]
         columns = group.inputs + group.narrow
         if group.narrow:
             x_alone, z = x.part(columns=slice(0, group.inputs)), _tail(x, group.inputs, group)
             copy = self._zs[i][key].part(slice(0, x.rows)) if keep and key in self._zs[i] else None
-            if copy is not None:
-                self._claim(copy)
-            if keep and self._dropping is not None and self._dropped is not None:
+            if copy is not None and again:
+                device.copy_rows(z, copy)
+            elif keep and self._dropping is not None and self._dropped is not None:
                 for adapter in group.adapters:
                     own = slice(adapter.start, adapter.start + group.slot)
                     rows = slice(group.outputs + adapter.start, group.outputs + adapter.start + group.slot)
@@ -616,7 +638,7 @@ class Network:
         for i in order:
             kept = self._kept(i).rows(shape.tokens)
             if i not in self._own:
-                self._attention_forward(i, self._xs[i].part(slice(0, shape.tokens)), kept, shape, True)
+                self._attention_forward(i, self._xs[i].part(slice(0, shape.tokens)), kept, shape, True, again=True)
                 self._mlp_forward(i, None, kept, shape, True)
             self._layer_backward(i, kept, shape)
         self._ahead.finish()
@@ -768,7 +790,10 @@ class Network:
                     lora.wide_input_gradient(device, group, adapter, dropped, dz, self.gradients)
                 else:
                     address, jobs = self._jobs[i, adapter.name]
-                    lora.gradients(device, address, len(jobs), group.slot, shape.tokens)
+                    warps = self._warps(group)
+                    lora.gradients(
+                        device, address, len(jobs), group.slot, shape.tokens, self._space, warps
+                    )
         if wide:
             lora.wide_gradients(
                 device, group, x_alone, dz, dy, z, self.gradients, inputs=dropping is None
@@ -778,7 +803,10 @@ class Network:
         made = device.mark()
         with device.on(SIDE):
             device.wait(made)
-            lora.gradients(device, address, len(jobs), group.narrow, shape.tokens)
+            warps = self._warps(group)
+            lora.gradients(
+                device, address, len(jobs), group.narrow, shape.tokens, self._side_space, warps
+            )
             mark = device.mark()
         for read in (x, dy, z):
             self._reading[read.address] = mark

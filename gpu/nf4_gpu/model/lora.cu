@@ -1,15 +1,19 @@
 // What adapters need beside products with weights: narrow products x A^T and dy B, the gradients of A and B, dropout.
-// Defines: DTYPE (BFLOAT16); PAIRS: of eights of columns of the narrow side, 1 to 4; ACROSS (0, 1): how project's factor lies.
+// Defines: DTYPE (BFLOAT16); WARPS of a thread block, 4 or 8; PAIRS: of eights of columns of the narrow side, 1 to 4; ACROSS
+// (0, 1): how project's factor lies.
 // Fused multiply-adds: nothing here is exact but the masks of dropout (NF4-11.4).
 #include "philox.cuh"
 #include "tensorcore.cuh"
 
+#define THREADS (32 * WARPS)
+#define WIDE (16 * WARPS)         // rows, or features, of a thread block
 #define STAGES 4
 #define DEPTH 64                  // of the sum, a stage
 #define NARROW (16 * PAIRS)       // columns, with those that are not there
 #define PITCH (DEPTH + 8)         // elements between rows in shared memory, so that no bank is met twice
 #define NARROW_PITCH (NARROW + 8)
-#define WIDE_STAGE (64 * PITCH)
+#define WIDE_PITCH (WIDE + 8)
+#define WIDE_STAGE (WIDE * PITCH > DEPTH * WIDE_PITCH ? WIDE * PITCH : DEPTH * WIDE_PITCH)
 #define NARROW_STAGE (DEPTH * NARROW_PITCH > NARROW * PITCH ? DEPTH * NARROW_PITCH : NARROW * PITCH)
 
 // Of [.., NARROW_PITCH] in shared memory, 16 rows (the depth) by 16 columns from `column` on: b of two products.
@@ -17,18 +21,45 @@ __device__ __forceinline__ void load_across(u32 b[4], const Element* rows, int c
   load_transposed(b, rows + lane % 16 * NARROW_PITCH + column + lane / 16 * 8);
 }
 
+// Sums of a thread block, added up over gridDim.y parts: the last of them to end has all, in order, and gets true; the others
+// are done. partial [gridDim.x, parts, WIDE, NARROW]; counters [gridDim.x] are 0 before and after.
+__device__ __forceinline__ bool add_up_parts(float sum[2 * PAIRS][4], float* partial, u32* counters) {
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.y;
+  if (parts == 1) return true;
+  float* all = partial + (i64)blockIdx.x * parts * WIDE * NARROW + ((warp * 2 * PAIRS * 32) + lane) * 4;
+  float* mine = all + (i64)blockIdx.y * WIDE * NARROW;
+#pragma unroll
+  for (int n = 0; n < 2 * PAIRS; n++)
+    *(float4*)(mine + n * 128) = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
+  __shared__ bool ours;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) ours = atomicInc(counters + blockIdx.x, parts - 1) == (u32)parts - 1;  // and 0 again
+  __syncthreads();
+  if (!ours) return false;
+  __threadfence();
+#pragma unroll
+  for (int n = 0; n < 2 * PAIRS; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.f;
+  for (int part = 0; part < parts; part++)
+#pragma unroll
+    for (int n = 0; n < 2 * PAIRS; n++) {
+      float4 p = __ldcg((const float4*)(all + (i64)part * WIDE * NARROW + n * 128));
+      sum[n][0] += p.x, sum[n][1] += p.y, sum[n][2] += p.z, sum[n][3] += p.w;
+    }
+  return true;
+}
+
 // y [rows, columns] = alpha x m, for x [rows, depth] and m [columns, depth], or with ACROSS [depth, columns]; columns and depth
-// are multiples of 8. A thread block takes 64 rows and one of gridDim.y parts of the depth; the last of the parts to end
-// adds up what all of them left in partial [tiles, parts, 64, NARROW], in order; counters [tiles] are 0 before and after. y is
-// also written to `copy` if given.
-extern "C" __global__ void __launch_bounds__(128)
+// are multiples of 8. A thread block takes WIDE rows and one of gridDim.y parts of the depth. y is also written to `copy` if
+// given.
+extern "C" __global__ void __launch_bounds__(THREADS)
     project(const Element* x, i64 x_pitch, const Element* m, i64 m_pitch, i64 rows, i64 depth, i64 columns, float alpha,
             Element* y, i64 y_pitch, Element* copy, i64 copy_pitch, float* partial, u32* counters) {
   DYNAMIC_SHARED(memory);
   Element* wide = (Element*)memory;
   Element* narrow_side = wide + STAGES * WIDE_STAGE;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  i64 row0 = (i64)blockIdx.x * 64;
+  i64 row0 = (i64)blockIdx.x * WIDE;
   int stages = (int)((depth + DEPTH - 1) / DEPTH), parts = gridDim.y;
   int first = (int)((i64)stages * blockIdx.y / parts), last = (int)((i64)stages * (blockIdx.y + 1) / parts);
 
@@ -36,20 +67,23 @@ extern "C" __global__ void __launch_bounds__(128)
     if (stage < last) {
       Element* to = wide + stage % STAGES * WIDE_STAGE;
       i64 d0 = (i64)stage * DEPTH;
-      for (int i = threadIdx.x; i < 64 * (DEPTH / 8); i += 128) {
+#pragma unroll
+      for (int i = threadIdx.x; i < WIDE * (DEPTH / 8); i += THREADS) {
         int r = i / (DEPTH / 8), c = i % (DEPTH / 8) * 8;
         bool there = row0 + r < rows && d0 + c < depth;
         copy_async(to + r * PITCH + c, there ? x + (row0 + r) * x_pitch + d0 + c : x, there);
       }
       to = narrow_side + stage % STAGES * NARROW_STAGE;
 #if ACROSS
-      for (int i = threadIdx.x; i < DEPTH * (NARROW / 8); i += 128) {
+#pragma unroll
+      for (int i = threadIdx.x; i < DEPTH * (NARROW / 8); i += THREADS) {
         int r = i / (NARROW / 8), c = i % (NARROW / 8) * 8;
         bool there = d0 + r < depth && c < columns;
         copy_async(to + r * NARROW_PITCH + c, there ? m + (d0 + r) * m_pitch + c : m, there);
       }
 #else
-      for (int i = threadIdx.x; i < NARROW * (DEPTH / 8); i += 128) {
+#pragma unroll
+      for (int i = threadIdx.x; i < NARROW * (DEPTH / 8); i += THREADS) {
         int r = i / (DEPTH / 8), c = i % (DEPTH / 8) * 8;
         bool there = r < columns && d0 + c < depth;
         copy_async(to + r * PITCH + c, there ? m + r * m_pitch + d0 + c : m, there);
@@ -62,6 +96,7 @@ extern "C" __global__ void __launch_bounds__(128)
   for (int i = 0; i < STAGES - 1; i++) load(first + i);
 
   float sum[2 * PAIRS][4] = {};
+#pragma unroll 1
   for (int stage = first; stage < last; stage++) {
     wait_copies<STAGES - 2>();
     __syncthreads();
@@ -86,48 +121,20 @@ extern "C" __global__ void __launch_bounds__(128)
     }
   }
   wait_copies<0>();
-
-  auto write = [&](i64 row, int column, float u, float v) {
-    if (row >= rows || column >= columns) return;
-    u32 pair = narrow_pair(alpha * u, alpha * v);
-    *(u32*)(y + row * y_pitch + column) = pair;
-    if (copy) *(u32*)(copy + row * copy_pitch + column) = pair;
-  };
-  if (parts == 1) {
-#pragma unroll
-    for (int n = 0; n < 2 * PAIRS; n++)
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        write(row0 + warp * 16 + lane / 4 + i * 8, n * 8 + lane % 4 * 2, sum[n][2 * i], sum[n][2 * i + 1]);
-    return;
-  }
-  float* all = partial + (i64)blockIdx.x * parts * 64 * NARROW;
-  float* mine = all + (i64)blockIdx.y * 64 * NARROW;
+  if (!add_up_parts(sum, partial, counters)) return;
 #pragma unroll
   for (int n = 0; n < 2 * PAIRS; n++)
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      int row = warp * 16 + lane / 4 + i * 8, column = n * 8 + lane % 4 * 2;
-      *(float2*)(mine + row * NARROW + column) = make_float2(sum[n][2 * i], sum[n][2 * i + 1]);
+      i64 row = row0 + warp * 16 + lane / 4 + i * 8, column = n * 8 + lane % 4 * 2;
+      if (row >= rows || column >= columns) continue;
+      u32 pair = narrow_pair(alpha * sum[n][2 * i], alpha * sum[n][2 * i + 1]);
+      *(u32*)(y + row * y_pitch + column) = pair;
+      if (copy) *(u32*)(copy + row * copy_pitch + column) = pair;
     }
-  __shared__ bool ours;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) ours = atomicInc(counters + blockIdx.x, parts - 1) == (u32)parts - 1;  // and 0 again
-  __syncthreads();
-  if (!ours) return;
-  __threadfence();
-  for (int i = threadIdx.x; i < 64 * NARROW / 2; i += 128) {
-    float u = 0.f, v = 0.f;
-    for (int part = 0; part < parts; part++) {
-      float2 p = __ldcg((const float2*)(all + (i64)part * 64 * NARROW) + i);
-      u += p.x, v += p.y;
-    }
-    write(row0 + i / (NARROW / 2), i % (NARROW / 2) * 2, u, v);
-  }
 }
 
-// A part of a gradient: out[f, j] += scale times the sum over tokens of y[t, f] z[t, j], for up to 64 features f. Rank j of a
+// A part of a gradient: out[f, j] += scale times the sum over tokens of y[t, f] z[t, j], for up to WIDE features f. Rank j of a
 // group of adapters, in slots of `slot` columns, is row j / slot * ranks + j % slot of out if j % slot < ranks.
 struct Gradient {
   const Element* y;
@@ -140,26 +147,29 @@ struct Gradient {
   int unused;
 };
 
-// A thread block makes one of the gradients from all the tokens.
-extern "C" __global__ void __launch_bounds__(128) gradients(const Gradient* all, i64 tokens) {
+// A thread block makes one of the gradients from one of gridDim.y parts of the tokens.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gradients(const Gradient* all, i64 tokens, float* partial, u32* counters) {
   DYNAMIC_SHARED(memory);
   Element* wide = (Element*)memory;
   Element* narrow_side = wide + STAGES * WIDE_STAGE;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Gradient job = all[blockIdx.x];
-  int stages = (int)((tokens + DEPTH - 1) / DEPTH), pairs = (job.columns + 15) / 16;
+  int stages = (int)((tokens + DEPTH - 1) / DEPTH), pairs = (job.columns + 15) / 16, parts = gridDim.y;
+  int first = (int)((i64)stages * blockIdx.y / parts), last = (int)((i64)stages * (blockIdx.y + 1) / parts);
 
   auto load = [&](int stage) {
-    if (stage < stages) {
+    if (stage < last) {
       i64 t0 = (i64)stage * DEPTH;
       Element* to = wide + stage % STAGES * WIDE_STAGE;
-      for (int i = threadIdx.x; i < DEPTH * 8; i += 128) {
-        int r = i / 8, c = i % 8 * 8;
+#pragma unroll
+      for (int i = threadIdx.x; i < DEPTH * (WIDE / 8); i += THREADS) {
+        int r = i / (WIDE / 8), c = i % (WIDE / 8) * 8;
         bool there = t0 + r < tokens && c < job.features;
-        copy_async(to + r * PITCH + c, there ? job.y + (t0 + r) * job.y_pitch + c : job.y, there);
+        copy_async(to + r * WIDE_PITCH + c, there ? job.y + (t0 + r) * job.y_pitch + c : job.y, there);
       }
       to = narrow_side + stage % STAGES * NARROW_STAGE;
-      for (int i = threadIdx.x; i < DEPTH * 2 * pairs; i += 128) {
+      for (int i = threadIdx.x; i < DEPTH * 2 * pairs; i += THREADS) {
         int r = i / (2 * pairs), c = i % (2 * pairs) * 8;
         bool there = t0 + r < tokens && c < job.columns;
         copy_async(to + r * NARROW_PITCH + c, there ? job.z + (t0 + r) * job.z_pitch + c : job.z, there);
@@ -168,20 +178,21 @@ extern "C" __global__ void __launch_bounds__(128) gradients(const Gradient* all,
     commit_copies();
   };
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) load(i);
+  for (int i = 0; i < STAGES - 1; i++) load(first + i);
 
   float sum[2 * PAIRS][4] = {};
-  for (int stage = 0; stage < stages; stage++) {
+#pragma unroll 1
+  for (int stage = first; stage < last; stage++) {
     wait_copies<STAGES - 2>();
     __syncthreads();
     load(stage + STAGES - 1);
-    const Element* ys = wide + stage % STAGES * WIDE_STAGE + (lane / 16 * 8 + lane % 8) * PITCH + warp * 16 +
+    const Element* ys = wide + stage % STAGES * WIDE_STAGE + (lane / 16 * 8 + lane % 8) * WIDE_PITCH + warp * 16 +
                         lane / 8 % 2 * 8;
     const Element* zs = narrow_side + stage % STAGES * NARROW_STAGE;
 #pragma unroll
     for (int k = 0; k < DEPTH; k += 16) {
       u32 a[4];
-      load_transposed(a, ys + k * PITCH);
+      load_transposed(a, ys + k * WIDE_PITCH);
 #pragma unroll
       for (int pair = 0; pair < PAIRS; pair++)
         if (pair < pairs) {
@@ -193,6 +204,7 @@ extern "C" __global__ void __launch_bounds__(128) gradients(const Gradient* all,
     }
   }
   wait_copies<0>();
+  if (!add_up_parts(sum, partial, counters)) return;
 #pragma unroll
   for (int n = 0; n < 2 * PAIRS; n++)
 #pragma unroll

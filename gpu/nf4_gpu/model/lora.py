@@ -15,9 +15,9 @@ from nf4_gpu.model.weights import Adapter, Group
 
 SOURCE = "model/lora.cu"
 NARROWEST = 64  # columns up to which the kernels of lora.cu are used; wider ones are cuBLAS's
-TILE = 64  # rows, or features, of a thread block
+TILES = {4: 64, 8: 128}  # rows, or features, of a thread block of so many warps
 _STAGES, _DEPTH = 4, 64  # as there
-_RESIDENT = 3  # thread blocks that a processor is given
+_RESIDENT = {4: 3, 8: 2}  # thread blocks that a processor is given
 GRADIENT = np.dtype(
     [("y", "<u8"), ("z", "<u8"), ("out", "<u8"), ("feature_stride", "<i8"), ("rank_stride", "<i8")]
     + [(name, "<i4") for name in ("y_pitch", "z_pitch", "features", "columns", "slot", "ranks")]
@@ -27,16 +27,26 @@ GRADIENT = np.dtype(
 
 @dataclass(frozen=True)
 class Space:
-    """Memory that the narrow products of a stream share: sums of parts, and counters that are 0 between."""
+    """Memory that the kernels of a stream share: sums of parts, and counters that are 0 between."""
 
     partial: int
     counters: int
 
 
-def space_bytes(device_processors: int, rows: int) -> tuple[int, int]:
-    """Return the bytes of partial sums and of counters for matrices of up to so many rows."""
-    tiles = -(-rows // TILE)
-    return (tiles + _RESIDENT * device_processors) * TILE * NARROWEST * 4, tiles * 4
+def space_bytes(processors: int, blocks: int) -> tuple[int, int]:
+    """Return the bytes of partial sums and of counters for launches of up to so many thread blocks of a part."""
+    most = max(_RESIDENT[warps] * tile for warps, tile in TILES.items()) * processors
+    return most * NARROWEST * 4, blocks * 4
+
+
+def warps_for(wide: int, processors: int) -> int:
+    """Return the warps of thread blocks over so many rows, or features: more where there are many."""
+    return 8 if wide >= 16 * processors else 4
+
+
+def parts_for(blocks: int, stages: int, processors: int, warps: int) -> int:
+    """Return the parts that the sums of so many thread blocks are made in, side by side."""
+    return max(1, min(_RESIDENT[warps] * processors // blocks, stages // _STAGES))
 
 
 def project(
@@ -60,72 +70,84 @@ def project(
             device.copy_rows(copy, y)
         return
     pairs = -(-y.columns // 16)
-    tiles = -(-x.rows // TILE)
-    stages = -(-x.columns // _DEPTH)
-    parts = max(1, min(_RESIDENT * device.processors // tiles, stages // _STAGES))
+    warps = warps_for(x.rows, device.processors)
+    tiles = -(-x.rows // TILES[warps])
+    parts = parts_for(tiles, -(-x.columns // _DEPTH), device.processors, warps)
     device.launch(
         SOURCE,
         "project",
         (tiles, parts),
-        128,
+        32 * warps,
         (
             x.address, x.pitch, m.address, m.pitch, x.rows, x.columns, y.columns, np.float32(alpha),
             y.address, y.pitch, *((copy.address, copy.pitch) if copy else (0, 0)),
             space.partial, space.counters,
         ),
-        shared=_shared(pairs),
+        shared=_shared(pairs, warps),
         DTYPE=BFLOAT16,
+        WARPS=warps,
         PAIRS=pairs,
         ACROSS=int(across),
     )  # fmt: skip
 
 
+def gradient_warps(group: Group, processors: int) -> int:
+    """Return the warps of the thread blocks that make a group's gradients."""
+    return warps_for(group.inputs + group.outputs, processors)
+
+
 def gradient_jobs(
-    group: Group, x: Matrix, dz: Matrix, dy: Matrix, z: Matrix, gradients: int
+    group: Group, x: Matrix, dz: Matrix, dy: Matrix, z: Matrix, gradients: int, warps: int
 ) -> NDArray[np.void]:
     """Return the parts of the gradients of a group's A and B, for memory at `gradients`, float32.
 
     x [.., in] is the input, dz [.., narrow] s dy B, dy [.., out], z [.., narrow] x A^T.
     """
-    jobs = []
+    jobs, tile = [], TILES[warps]
     adapters = group.adapters
-    for first in range(0, group.inputs, TILE):
+    for first in range(0, group.inputs, tile):
         out = gradients + (adapters[0].a + first) * 4
-        sizes = (min(TILE, group.inputs - first), group.narrow, group.slot, adapters[0].rank)
+        sizes = (min(tile, group.inputs - first), group.narrow, group.slot, adapters[0].rank)
         jobs.append(_job(x, first, dz, 0, out, (1, group.inputs), sizes, 1.0))
     for module in group.modules:
         adapter = module.adapter
         if adapter is None:
             continue
-        for first in range(0, module.outputs, TILE):
+        for first in range(0, module.outputs, tile):
             out = gradients + (adapter.b + first * adapter.rank) * 4
-            sizes = (min(TILE, module.outputs - first), group.slot, group.slot, adapter.rank)
+            sizes = (min(tile, module.outputs - first), group.slot, group.slot, adapter.rank)
             y = module.row + first
             jobs.append(_job(dy, y, z, adapter.start, out, (adapter.rank, 1), sizes, adapter.scale))
     return np.array(jobs, GRADIENT)
 
 
-def input_jobs(group: Group, adapter: Adapter, x: Matrix, dz: Matrix, gradients: int) -> NDArray[np.void]:
+def input_jobs(
+    group: Group, adapter: Adapter, x: Matrix, dz: Matrix, gradients: int, warps: int
+) -> NDArray[np.void]:
     """Return the parts of the gradient of one adapter's A, from an input of its own."""
-    jobs = []
-    for first in range(0, group.inputs, TILE):
+    jobs, tile = [], TILES[warps]
+    for first in range(0, group.inputs, tile):
         out = gradients + (adapter.a + first) * 4
-        sizes = (min(TILE, group.inputs - first), group.slot, group.slot, adapter.rank)
+        sizes = (min(tile, group.inputs - first), group.slot, group.slot, adapter.rank)
         jobs.append(_job(x, first, dz, adapter.start, out, (1, group.inputs), sizes, 1.0))
     return np.array(jobs, GRADIENT)
 
 
-def gradients(device: Device, jobs: int, count: int, columns: int, tokens: int) -> None:
+def gradients(
+    device: Device, jobs: int, count: int, columns: int, tokens: int, space: Space, warps: int
+) -> None:
     """Add the gradients of `count` jobs at an address, with at most so many columns of z, over the tokens."""
     pairs = -(-columns // 16)
+    parts = parts_for(count, -(-tokens // _DEPTH), device.processors, warps)
     device.launch(
         SOURCE,
         "gradients",
-        (count,),
-        128,
-        (jobs, tokens),
-        shared=_shared(pairs),
+        (count, parts),
+        32 * warps,
+        (jobs, tokens, space.partial, space.counters),
+        shared=_shared(pairs, warps),
         DTYPE=BFLOAT16,
+        WARPS=warps,
         PAIRS=pairs,
         ACROSS=0,
     )
@@ -179,6 +201,7 @@ class Dropped:
                 np.uint32(drop_threshold(adapter.dropout)), add, y.address, y.pitch,
             ),
             DTYPE=BFLOAT16,
+            WARPS=4,
             PAIRS=1,
             ACROSS=0,
         )  # fmt: skip
@@ -210,8 +233,8 @@ def _parameters(address: int, rows: int, columns: int) -> Matrix:
     return Matrix(address, rows, columns, columns, np.dtype(np.float32))
 
 
-def _shared(pairs: int) -> int:
+def _shared(pairs: int, warps: int) -> int:
     """Bytes of dynamic shared memory of project and gradients: as in lora.cu."""
-    narrow = 16 * pairs
-    stage = TILE * (_DEPTH + 8) + max(_DEPTH * (narrow + 8), narrow * (_DEPTH + 8))
-    return 2 * _STAGES * stage
+    narrow, wide = 16 * pairs, TILES[warps]
+    stage = max(wide * (_DEPTH + 8), _DEPTH * (wide + 8))
+    return 2 * _STAGES * (stage + max(_DEPTH * (narrow + 8), narrow * (_DEPTH + 8)))

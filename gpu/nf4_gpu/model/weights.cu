@@ -25,7 +25,9 @@ struct Job {
   float scale;       // of B
 };
 
-#define PER_THREAD 2  // vectors of eight
+#define PER_THREAD 2  // vectors of eight that are on their way at a time
+#define TURNS 4
+#define VECTORS (256 * PER_THREAD * TURNS)  // of a thread block
 
 __device__ __forceinline__ void store(Element* p, const float v[8]) {
   *(uint4*)p = make_uint4(narrow_pair(v[0], v[1]), narrow_pair(v[2], v[3]), narrow_pair(v[4], v[5]),
@@ -36,7 +38,58 @@ __device__ __forceinline__ float parameter(const Job& job, i64 i) {
   return job.wide ? ((const float*)job.from)[i] : widen(((const Element*)job.from)[i]);
 }
 
-// A thread block takes 256 * PER_THREAD vectors of one job. The sixteen values lie across the lanes of a warp, twice.
+// Where the vector `ahead` of one is, in vectors; few rows lie between.
+struct Place {
+  u32 row, column;
+  __device__ __forceinline__ Place(u32 at, u32 vectors) : row(at / vectors), column(at % vectors) {}
+  __device__ __forceinline__ void advance(u32 by, u32 vectors) {
+    column += by;
+    if (column >= vectors) {
+      if (column < 2 * vectors) column -= vectors, row++;
+      else row += column / vectors, column %= vectors;
+    }
+  }
+};
+
+// The sixteen values lie across the lanes of a warp, twice.
+template <bool NESTED>
+__device__ __forceinline__ void write_weight(const Job& job, const float* map, u32 begin) {
+  float value = __ldg(job.values + threadIdx.x % 16), offset = NESTED ? __ldg(job.offset) : 0.f;
+  const u32* codes = (const u32*)job.from;
+  const void* scales = job.absmax;
+  const float* nested = job.nested_absmax;
+  Element* to = job.to;
+  u32 vectors = job.columns / 8, total = vectors * job.rows, pitch = job.pitch;
+  int shift = job.block_shift - 3, nested_shift = job.nested_shift;
+  u32 at = begin + threadIdx.x;
+  Place place(at, vectors);
+#pragma unroll 1
+  for (int turn = 0; turn < TURNS && begin + turn * 256 * PER_THREAD < total; turn++) {
+    u32 words[PER_THREAD];
+    float absmax[PER_THREAD];
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; k++) {
+      u32 here = at + k * 256;
+      words[k] = 0, absmax[k] = 0.f;
+      if (here < total) {
+        words[k] = __ldcs(codes + here);
+        u32 block = here >> shift;
+        absmax[k] = NESTED ? map[__ldg((const u8*)scales + block)] * __ldg(nested + (block >> nested_shift)) + offset
+                           : __ldg((const float*)scales + block);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < PER_THREAD; k++) {
+      float v[8];
+      EIGHT v[i] = __shfl_sync(~0u, value, words[k] >> (i * 4 ^ 4)) * absmax[k];  // NF4-4.1; a shuffle reads five bits
+      if (at < total) store(to + place.row * pitch + place.column * 8, v);
+      at += 256;
+      place.advance(256, vectors);
+    }
+  }
+}
+
+// A thread block takes VECTORS vectors of eight of one job.
 extern "C" __global__ void __launch_bounds__(256) write_weights(const Job* jobs, int count) {
   __shared__ Job job;
   __shared__ float map[256];
@@ -51,62 +104,37 @@ extern "C" __global__ void __launch_bounds__(256) write_weights(const Job* jobs,
     for (int i = threadIdx.x; i < (int)sizeof(Job) / 4; i += 32) ((u32*)&job)[i] = from[i];
   }
   __syncthreads();
-  bool nested = job.kind == WEIGHT && job.map;
-  float value = job.kind == WEIGHT ? job.values[threadIdx.x % 16] : 0.f;
-  if (nested) {
-    map[threadIdx.x] = job.map[threadIdx.x];
-    __syncthreads();
-  }
-  int vectors = job.columns / 8;
-  i64 total = (i64)vectors * job.rows, begin = (i64)(blockIdx.x - job.first) * 256 * PER_THREAD;
-  int row0 = (int)(begin / vectors), column0 = (int)(begin % vectors);
-
+  u32 begin = (blockIdx.x - job.first) * VECTORS;
   if (job.kind == WEIGHT) {
-    u32 words[PER_THREAD];
-    float absmax[PER_THREAD];
-    float offset = nested ? *job.offset : 0.f;
-#pragma unroll
-    for (int k = 0; k < PER_THREAD; k++) {
-      i64 at = begin + k * 256 + threadIdx.x;
-      words[k] = 0, absmax[k] = 0.f;
-      if (at < total) {
-        words[k] = __ldcs((const u32*)job.from + at);
-        i64 block = at * 8 >> job.block_shift;
-        if (nested)
-          absmax[k] = map[__ldg((const u8*)job.absmax + block)] * __ldg(job.nested_absmax + (block >> job.nested_shift)) +
-                      offset;
-        else
-          absmax[k] = __ldg((const float*)job.absmax + block);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < PER_THREAD; k++) {
-      float v[8];
-      EIGHT v[i] = __shfl_sync(~0u, value, words[k] >> (i * 4 ^ 4)) * absmax[k];  // NF4-4.1; a shuffle reads five bits
-      if (begin + k * 256 + threadIdx.x >= total) continue;
-      int row = row0, column = column0 + k * 256 + threadIdx.x;
-      if (column >= vectors) row += column / vectors, column %= vectors;
-      store(job.to + (i64)row * job.pitch + column * 8, v);
-    }
+    if (job.map) {
+      map[threadIdx.x] = job.map[threadIdx.x];
+      __syncthreads();
+      write_weight<true>(job, map, begin);
+    } else
+      write_weight<false>(job, map, begin);
     return;
   }
+  u32 vectors = job.columns / 8, total = vectors * job.rows;
 #pragma unroll 1
-  for (int k = 0; k < PER_THREAD; k++) {
-    if (begin + k * 256 + threadIdx.x >= total) return;
-    int column = column0 + k * 256 + threadIdx.x, row = row0 + column / vectors;
-    column = column % vectors * 8;
-    Element* to = job.to + (i64)row * job.pitch + column;
+  for (int k = 0; k < PER_THREAD * TURNS; k++) {
+    u32 at = begin + k * 256 + threadIdx.x;
+    if (at >= total) return;
+    Place place(at, vectors);
+    int column = place.column * 8;
+    Element* to = job.to + place.row * (u32)job.pitch + column;
     if (job.kind == COPY) {
-      *(uint4*)to = *(const uint4*)((const Element*)job.from + (i64)row * job.columns + column);
+      *(uint4*)to = *(const uint4*)((const Element*)job.from + place.row * (i64)job.columns + column);
       continue;
     }
     float v[8];
     if (job.kind == ROWS_OF_A)
-      EIGHT v[i] = row < job.ranks && column + i < job.width ? parameter(job, (i64)row * job.width + column + i) : 0.f;
+      EIGHT v[i] = place.row < job.ranks && column + i < job.width
+                       ? parameter(job, place.row * (i64)job.width + column + i)
+                       : 0.f;
     else
       EIGHT {
         int rank = column + i - job.start;
-        v[i] = rank >= 0 && rank < job.ranks ? parameter(job, (i64)row * job.ranks + rank) * job.scale : 0.f;
+        v[i] = rank >= 0 && rank < job.ranks ? parameter(job, place.row * (i64)job.ranks + rank) * job.scale : 0.f;
       }
     store(to, v);
   }

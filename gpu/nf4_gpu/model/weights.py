@@ -33,7 +33,7 @@ PARTS = {"attention": ("qkv", "o"), "mlp": ("gate_up", "down")}
 """The groups whose written weights share a buffer: while one part of a layer is computed, the next is written."""
 
 SOURCE = "model/weights.cu"
-_VECTORS = 512  # of eight elements, that a thread block writes: as there
+_VECTORS = 2048  # of eight elements, that a thread block writes: as there
 _JOB = np.dtype(
     [(name, "<u8") for name in ("to", "from", "absmax", "nested_absmax", "offset", "values", "map")]
     + [

@@ -79,6 +79,7 @@ class GpuEngine:
                 settings,
                 adapter_dtype=self._adapter_dtype,
                 processors=device.processors,
+                capability=device.capability,
                 shared_memory=device.shared_memory,
             )
             self._total = arena.take("buffers", 8)

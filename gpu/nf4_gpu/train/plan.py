@@ -57,6 +57,7 @@ def make(
     *,
     adapter_dtype: np.dtype[Any] = FLOAT32,
     processors: int = 132,
+    capability: int = 90,
     shared_memory: int = 227 << 10,
 ) -> Plan:
     """Lay a run out in an arena; with one of base 0 this is arithmetic and needs no device."""
@@ -82,6 +83,7 @@ def make(
         limits,
         adapter_dtype=adapter_dtype,
         processors=processors,
+        capability=capability,
         shared_memory=shared_memory,
     )
     optimizer = Optimizer(arena, parameters, settings.optimizer_budget) if settings.training else None

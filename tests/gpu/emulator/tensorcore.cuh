@@ -4,6 +4,8 @@
 
 #define DYNAMIC_SHARED(name) u8* name = emulation::dynamic_shared
 
+inline u32 shared_address(const void* p) { return (u32)((const u8*)p - emulation::dynamic_shared); }
+
 inline float bf16_at(uint32_t word, int half) { return __uint_as_float((word >> 16 * half & 0xffff) << 16); }
 
 inline void multiply_add(float d[4], const u32 a[4], u32 b0, u32 b1) {

@@ -1,0 +1,411 @@
+// attention.cu's three kernels for heads of 64 and 128 on compute capability 9.0 (sm_90a), where the products of a warpgroup run
+// beside what its threads do: 128 queries or keys a thread block, 64 a warpgroup.
+// Defines: DTYPE (BFLOAT16); DIM (64, 128); SHARED (0, 1), as there. Fused multiply-adds: nothing here is exact.
+#include "warpgroup.cuh"
+
+#define THREADS 256
+#define ROWS 128     // queries, or keys, of a thread block
+#define KEYS 128     // at a time, forward
+#define BESIDE 64    // keys or queries at a time, backward
+#define LOWEST -3e38f
+#define TILE_BYTES (ROWS * DIM * 2)
+#define PART_BYTES (BESIDE * DIM * 2)
+
+// Of a sequence that begins at row `start` of the batch and has `length` rows: those from `first` on.
+struct Tile {
+  int start, length, first, unused;
+};
+
+__device__ __forceinline__ u8* aligned(u8* memory) { return memory + (-shared_address(memory) & 1023); }
+
+// Rows first.. of a head, [rows, DIM] at x, into shared memory; zeros beyond `length`.
+template <int COUNT>
+__device__ __forceinline__ void load_rows(u8* to, const Element* x, i64 pitch, int first, int length) {
+#pragma unroll
+  for (int i = threadIdx.x; i < COUNT * (DIM / 8); i += THREADS) {
+    int r = i / (DIM / 8), c = i % (DIM / 8) * 8;
+    bool there = first + r < length;
+    copy_async(to + swizzled(r, c, COUNT), there ? x + (i64)(first + r) * pitch + c : x, there);
+  }
+}
+
+// d [64, N] = rows from `row` on of a matrix of A_ROWS rows times the transpose of one of N rows, over DIM.
+template <int A_ROWS, int N>
+__device__ __forceinline__ void multiply_rows(float (&d)[N / 2], const u8* a, int row, const u8* b) {
+  u64 first = along_rows(shared_address(a) + row * 128), second = along_rows(shared_address(b));
+#pragma unroll
+  for (int step = 0; step < DIM / 16; step++)
+    multiply_group(d, first + (step / 4 * A_ROWS * 128 + step % 4 * 32 >> 4), second + (step / 4 * N * 128 + step % 4 * 32 >> 4),
+                   step > 0);
+}
+
+// d [64, DIM] += factors [64, DEPTH] times a matrix [DEPTH, DIM].
+template <int DEPTH>
+__device__ __forceinline__ void multiply_across(float (&d)[DIM / 2], const u32* factors, const u8* b) {
+  u64 second = along_columns(shared_address(b), DEPTH);
+#pragma unroll
+  for (int step = 0; step < DEPTH / 16; step++)
+    multiply_group_across(d, factors + 4 * step, second + (step * 2048 >> 4), true);
+}
+
+// Sums as factors of the next product.
+template <int N>
+__device__ __forceinline__ void as_factors(u32 (&a)[N / 2], const float (&s)[N]) {
+#pragma unroll
+  for (int i = 0; i < N / 2; i++) {
+    int step = i / 4, part = i % 4;  // rows g, g + 8 of columns 2 q, then of 2 q + 8
+    int from = step * 8 + part / 2 * 4 + part % 2 * 2;
+    a[i] = narrow_pair(s[from], s[from + 1]);
+  }
+}
+
+__device__ __forceinline__ float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
+  return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
+}
+__device__ __forceinline__ float quad_sum(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// Scores to exponentials, and what the sums before are multiplied by.
+__device__ __forceinline__ void exponentiate(float (&s)[KEYS / 2], int key0, int query0, int window, bool masked, float scale,
+                                             float (&top)[2], float (&sum)[2], float (&shrink)[2], int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int query = query0 + half * 8;
+    if (masked)
+#pragma unroll
+      for (int i = 0; i < KEYS / 2; i++)
+        if (i / 2 % 2 == half) {
+          int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+          if (key > query || (window && key + window <= query)) s[i] = LOWEST;
+        }
+    float most = top[half];
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++)
+      if (i / 2 % 2 == half) most = fmaxf(most, s[i]);
+    most = quad_max(most);
+    float shift = most <= LOWEST ? 0.f : most * scale, total = 0.f;
+    shrink[half] = power_of_two(top[half] * scale - shift);
+    top[half] = most;
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++)
+      if (i / 2 % 2 == half) {
+        s[i] = power_of_two(s[i] * scale - shift);
+        total += s[i];
+      }
+    sum[half] = sum[half] * shrink[half] + total;
+  }
+}
+
+// As attention.cu's. Keys are taken from the last block to the first; while the values of one are multiplied, the scores of the
+// next become exponentials.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attend(const Element* q, i64 q_pitch, const Element* k, i64 k_pitch, const Element* v, i64 v_pitch, const Tile* tiles,
+           int group, int window, float scale, Element* out, i64 out_pitch, float* lse, i64 tokens) {
+  DYNAMIC_SHARED(memory);
+  u8* qs = aligned(memory);
+  u8* ks = qs + TILE_BYTES;      // two of keys
+  u8* vs = ks + 2 * TILE_BYTES;  // and of values
+  const Tile tile = tiles[blockIdx.x];
+  if (tile.first >= tile.length) return;
+  int lane = threadIdx.x % 32, row = threadIdx.x / 128 * 64, head = blockIdx.y;
+  int query0 = tile.first + row + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  q += tile.start * q_pitch + head * DIM;
+  k += tile.start * k_pitch + head / group * DIM;
+  v += tile.start * v_pitch + head / group * DIM;
+  int begin = window && tile.first >= window ? (tile.first - window + 1) / KEYS * KEYS : 0;
+  int blocks = (min(tile.length, tile.first + ROWS) - begin + KEYS - 1) / KEYS;
+  auto key_of = [&](int block) { return begin + (blocks - 1 - block) * KEYS; };
+  auto load = [&](u8* to, const Element* x, i64 pitch, int block) {
+    if (block < blocks) load_rows<KEYS>(to + block % 2 * TILE_BYTES, x, pitch, key_of(block), tile.length);
+  };
+  auto is_masked = [&](int key0) {
+    return key0 + KEYS > tile.first + 1 || (window && key0 + window < tile.first + ROWS);
+  };
+  load_rows<ROWS>(qs, q, q_pitch, tile.first, tile.length);
+  load(ks, k, k_pitch, 0);
+  commit_copies();
+  load(vs, v, v_pitch, 0);
+  load(ks, k, k_pitch, 1);
+  commit_copies();
+  float o[DIM / 2] = {}, s[KEYS / 2], top[2] = {LOWEST, LOWEST}, sum[2] = {}, shrink[2];
+  u32 p[KEYS / 4];
+  wait_copies<1>();
+  show_products();
+  __syncthreads();
+  begin_products();
+  multiply_rows<ROWS, KEYS>(s, qs, row, ks);
+  commit_products();
+  wait_products<0>();
+  hold(s);
+  exponentiate(s, key_of(0), query0, window, is_masked(key_of(0)), scale, top, sum, shrink, lane);
+  as_factors(p, s);
+#pragma unroll 1
+  for (int block = 0; block + 1 < blocks; block++) {
+    wait_copies<0>();
+    show_products();
+    __syncthreads();  // this block's values and the next one's keys are here; what was read before is free
+    load(vs, v, v_pitch, block + 1);
+    load(ks, k, k_pitch, block + 2);
+    commit_copies();
+    hold(o);
+    begin_products();
+    multiply_rows<ROWS, KEYS>(s, qs, row, ks + (block + 1) % 2 * TILE_BYTES);
+    commit_products();
+    multiply_across<KEYS>(o, p, vs + block % 2 * TILE_BYTES);
+    commit_products();
+    wait_products<1>();
+    hold(s);
+    int key0 = key_of(block + 1);
+    exponentiate(s, key0, query0, window, is_masked(key0), scale, top, sum, shrink, lane);
+    wait_products<0>();
+    hold(o);
+#pragma unroll
+    for (int i = 0; i < DIM / 2; i++) o[i] *= shrink[i / 2 % 2];
+    as_factors(p, s);
+  }
+  wait_copies<0>();
+  show_products();
+  __syncthreads();
+  hold(o);
+  begin_products();
+  multiply_across<KEYS>(o, p, vs + (blocks - 1) % 2 * TILE_BYTES);
+  commit_products();
+  wait_products<0>();
+  hold(o);
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int query = query0 + half * 8;
+    float total = quad_sum(sum[half]);
+    if (query >= tile.length) continue;
+    i64 at = tile.start + query;
+    if (lane % 4 == 0) lse[head * tokens + at] = top[half] * scale + log2f(total);
+    Element* to = out + at * out_pitch + head * DIM + lane % 4 * 2;
+    float over = 1.f / total;
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n++)
+      *(u32*)(to + n * 8) = narrow_pair(o[n * 4 + half * 2] * over, o[n * 4 + half * 2 + 1] * over);
+  }
+}
+
+// As attention.cu's; a thread block takes 128 queries of a head.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attend_backward_queries(const Element* q, i64 q_pitch, const Element* k, i64 k_pitch, const Element* v, i64 v_pitch,
+                            const Element* out, i64 out_pitch, const Element* dout, i64 dout_pitch, const float* lse,
+                            const Tile* tiles, int group, int window, float scale, Element* dq, i64 dq_pitch, float* delta,
+                            i64 tokens) {
+  DYNAMIC_SHARED(memory);
+  u8* qs = aligned(memory);
+  u8* ds = qs + TILE_BYTES;
+  u8* kvs = ds + TILE_BYTES;  // two of keys and values
+  __shared__ float deltas[ROWS];
+  const Tile tile = tiles[blockIdx.x];
+  if (tile.first >= tile.length) return;
+  int lane = threadIdx.x % 32, row = threadIdx.x / 128 * 64, head = blockIdx.y;
+  int row0 = row + threadIdx.x % 128 / 32 * 16 + lane / 4;
+  q += tile.start * q_pitch + head * DIM;
+  k += tile.start * k_pitch + head / group * DIM;
+  v += tile.start * v_pitch + head / group * DIM;
+  out += tile.start * out_pitch + head * DIM;
+  dout += tile.start * dout_pitch + head * DIM;
+  lse += head * tokens + tile.start;
+  int begin = window && tile.first >= window ? (tile.first - window + 1) / BESIDE * BESIDE : 0;
+  int end = min(tile.length, tile.first + ROWS);
+  auto load = [&](int key0) {
+    u8* to = kvs + (key0 - begin) / BESIDE % 2 * 2 * PART_BYTES;
+    if (key0 < end) {
+      load_rows<BESIDE>(to, k, k_pitch, key0, tile.length);
+      load_rows<BESIDE>(to + PART_BYTES, v, v_pitch, key0, tile.length);
+    }
+    commit_copies();
+  };
+  load_rows<ROWS>(qs, q, q_pitch, tile.first, tile.length);
+  load_rows<ROWS>(ds, dout, dout_pitch, tile.first, tile.length);
+  load(begin);
+  {  // two threads a row
+    int r = threadIdx.x / 2, query = tile.first + r;
+    float dot = 0.f;
+    if (query < tile.length)
+      for (int c = threadIdx.x % 2 * 8; c < DIM; c += 16) {
+        uint4 a = *(const uint4*)(out + query * out_pitch + c), b = *(const uint4*)(dout + query * dout_pitch + c);
+        u32 x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          dot += widen((Element)(x[i] & 0xffff)) * widen((Element)(y[i] & 0xffff)) +
+                 widen((Element)(x[i] >> 16)) * widen((Element)(y[i] >> 16));
+      }
+    dot += __shfl_xor_sync(~0u, dot, 1);
+    if (threadIdx.x % 2 == 0) {
+      deltas[r] = dot;
+      if (query < tile.length) delta[head * tokens + tile.start + query] = dot;
+    }
+  }
+  __syncthreads();
+  float row_delta[2], row_lse[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int r = row0 + half * 8;
+    row_delta[half] = deltas[r];
+    row_lse[half] = tile.first + r < tile.length ? lse[tile.first + r] : 3e38f;
+  }
+  float sum[DIM / 2] = {}, s[BESIDE / 2], dp[BESIDE / 2];
+  u32 factors[BESIDE / 4];
+#pragma unroll 1
+  for (int key0 = begin; key0 < end; key0 += BESIDE) {
+    wait_copies<0>();
+    show_products();
+    __syncthreads();  // these keys and values are here, and what was read before is free
+    load(key0 + BESIDE);
+    const u8* ks = kvs + (key0 - begin) / BESIDE % 2 * 2 * PART_BYTES;
+    begin_products();
+    multiply_rows<ROWS, BESIDE>(s, qs, row, ks);
+    multiply_rows<ROWS, BESIDE>(dp, ds, row, ks + PART_BYTES);
+    commit_products();
+    wait_products<0>();
+    hold(s);
+    hold(dp);
+    hold(sum);
+    bool masked = key0 + BESIDE > tile.first + row + 1 || (window && key0 + window < tile.first + ROWS);
+#pragma unroll
+    for (int i = 0; i < BESIDE / 2; i++) {
+      int half = i / 2 % 2;
+      float p = power_of_two(s[i] * scale - row_lse[half]);
+      if (masked) {
+        int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2, query = tile.first + row0 + half * 8;
+        if (key > query || (window && key + window <= query)) p = 0.f;
+      }
+      s[i] = p * (dp[i] - row_delta[half]);
+    }
+    as_factors(factors, s);
+    begin_products();
+    multiply_across<BESIDE>(sum, factors, ks);
+    commit_products();
+    wait_products<0>();
+    hold(sum);
+  }
+  float factor = scale * 0.693147180559945f;  // 1 / sqrt(DIM)
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int query = tile.first + row0 + half * 8;
+    if (query >= tile.length) continue;
+    Element* to = dq + (tile.start + query) * dq_pitch + head * DIM + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n++)
+      *(u32*)(to + n * 8) = narrow_pair(sum[n * 4 + half * 2] * factor, sum[n * 4 + half * 2 + 1] * factor);
+  }
+}
+
+// As attention.cu's; a thread block takes 128 keys.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attend_backward_keys(const Element* q, i64 q_pitch, const Element* k, i64 k_pitch, const Element* v, i64 v_pitch,
+                         const Element* dout, i64 dout_pitch, const float* lse, const float* delta, const Tile* tiles,
+                         int group, int window, float scale, Element* dk, Element* dv, i64 d_pitch, float* dk_shares,
+                         float* dv_shares, i64 tokens) {
+  DYNAMIC_SHARED(memory);
+  u8* ks = aligned(memory);
+  u8* vs = ks + TILE_BYTES;
+  u8* buffers = vs + TILE_BYTES;  // two of queries and of dout
+  __shared__ float row_lse[2][BESIDE], row_delta[2][BESIDE];
+  const Tile tile = tiles[blockIdx.x];
+  if (tile.first >= tile.length) return;
+  int lane = threadIdx.x % 32, row = threadIdx.x / 128 * 64;
+  int row0 = row + threadIdx.x % 128 / 32 * 16 + lane / 4;
+#if SHARED
+  int key_head = blockIdx.y / group, head0 = blockIdx.y, heads = 1;
+#else
+  int key_head = blockIdx.y, head0 = blockIdx.y * group, heads = group;
+#endif
+  q += tile.start * q_pitch;
+  dout += tile.start * dout_pitch;
+  int begin = tile.first;
+  int end = window ? min(tile.length, tile.first + ROWS - 1 + window) : tile.length;
+  int blocks = (end - begin + BESIDE - 1) / BESIDE, turns = blocks * heads;
+  auto load = [&](int turn) {
+    if (turn < turns) {
+      int head = head0 + turn / blocks, first = begin + turn % blocks * BESIDE, buffer = turn % 2;
+      u8* to = buffers + buffer * 2 * PART_BYTES;
+      load_rows<BESIDE>(to, q + head * DIM, q_pitch, first, tile.length);
+      load_rows<BESIDE>(to + PART_BYTES, dout + head * DIM, dout_pitch, first, tile.length);
+      if (threadIdx.x < BESIDE) {
+        i64 at = head * tokens + tile.start + first + threadIdx.x;
+        bool there = first + (int)threadIdx.x < tile.length;
+        row_lse[buffer][threadIdx.x] = there ? lse[at] : 3e38f;
+        row_delta[buffer][threadIdx.x] = there ? delta[at] : 0.f;
+      }
+    }
+    commit_copies();
+  };
+  load_rows<ROWS>(ks, k + tile.start * k_pitch + key_head * DIM, k_pitch, tile.first, tile.length);
+  load_rows<ROWS>(vs, v + tile.start * v_pitch + key_head * DIM, v_pitch, tile.first, tile.length);
+  load(0);
+  float sum_k[DIM / 2] = {}, sum_v[DIM / 2] = {}, s[BESIDE / 2], dp[BESIDE / 2];
+  u32 factors[BESIDE / 4];
+#pragma unroll 1
+  for (int turn = 0; turn < turns; turn++) {
+    wait_copies<0>();
+    show_products();
+    __syncthreads();  // these queries are here, and what was read before is free
+    load(turn + 1);
+    int first = begin + turn % blocks * BESIDE;
+    const u8* qs = buffers + turn % 2 * 2 * PART_BYTES;
+    const u8* ds = qs + PART_BYTES;
+    begin_products();
+    multiply_rows<ROWS, BESIDE>(s, ks, row, qs);  // the keys in rows
+    commit_products();
+    multiply_rows<ROWS, BESIDE>(dp, vs, row, ds);
+    commit_products();
+    wait_products<1>();
+    hold(s);
+    bool masked = first < tile.first + ROWS - 1 || (window && first + BESIDE > tile.first + window);
+#pragma unroll
+    for (int i = 0; i < BESIDE / 2; i++) {
+      int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+      float p = power_of_two(s[i] * scale - row_lse[turn % 2][column]);
+      if (masked) {
+        int key = tile.first + row0 + i / 2 % 2 * 8, query = first + column;
+        if (key > query || (window && key + window <= query)) p = 0.f;
+      }
+      s[i] = p;
+    }
+    as_factors(factors, s);
+    wait_products<0>();
+    hold(dp);
+    hold(sum_v);
+    begin_products();
+    multiply_across<BESIDE>(sum_v, factors, ds);
+    commit_products();
+#pragma unroll
+    for (int i = 0; i < BESIDE / 2; i++) s[i] *= dp[i] - row_delta[turn % 2][i / 4 * 8 + lane % 4 * 2 + i % 2];
+    u32 more[BESIDE / 4];
+    as_factors(more, s);
+    hold(sum_k);
+    begin_products();
+    multiply_across<BESIDE>(sum_k, more, qs);
+    commit_products();
+    wait_products<0>();
+    hold(sum_v);
+    hold(sum_k);
+  }
+  float factor = scale * 0.693147180559945f;  // 1 / sqrt(DIM)
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    int key = tile.first + row0 + half * 8;
+    if (key >= tile.length) continue;
+    i64 at = tile.start + key;
+#pragma unroll
+    for (int n = 0; n < DIM / 8; n++) {
+      int c = n * 8 + lane % 4 * 2, i = n * 4 + half * 2;
+#if SHARED
+      i64 to = (head0 * tokens + at) * DIM + c;
+      *(float2*)(dv_shares + to) = make_float2(sum_v[i], sum_v[i + 1]);
+      *(float2*)(dk_shares + to) = make_float2(sum_k[i] * factor, sum_k[i + 1] * factor);
+#else
+      i64 to = at * d_pitch + key_head * DIM + c;
+      *(u32*)(dv + to) = narrow_pair(sum_v[i], sum_v[i + 1]);
+      *(u32*)(dk + to) = narrow_pair(sum_k[i] * factor, sum_k[i + 1] * factor);
+#endif
+    }
+  }
+}
