@@ -28,6 +28,7 @@ class Device(Protocol):
     processors: int
     capability: int
     shared_memory: int
+    allocated: int
 
     def allocate(self, nbytes: int) -> int:
         """Return the address of so many bytes, zeroed, aligned to 256, until the device is let go."""

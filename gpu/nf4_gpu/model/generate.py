@@ -8,6 +8,7 @@ import numpy as np
 from nf4.errors import InputError
 from nf4.floats import BFLOAT16, FLOAT32
 from nf4.model import generate as reference
+from nf4.model.config import LlamaConfig
 from nf4.model.llama import FINAL_NORM
 from numpy.typing import NDArray
 
@@ -45,7 +46,7 @@ class Decoder:
 
     def __init__(self, arena: Arena, network: Network, positions: int) -> None:
         config = network.config
-        if config.hidden_size % 32 or config.intermediate_size % 32 or config.num_attention_heads * config.head_dim % 32:
+        if not self.takes(config):
             raise InputError("generation on the GPU takes models whose widths are multiples of 32")
         self.network, self.positions = network, positions
         width = config.num_key_value_heads * config.head_dim
@@ -75,6 +76,12 @@ class Decoder:
         # Of each layer, every group has a job a module and one an adapter; and the head has one.
         modules = sum(len(targets) for targets in GROUPS.values())
         self._job_memory = arena.take("buffers", _ROWS.itemsize * (2 * modules * config.num_hidden_layers + 1))
+
+    @staticmethod
+    def takes(config: LlamaConfig) -> bool:
+        """Whether the kernels take a model's widths."""
+        width = config.num_attention_heads * config.head_dim
+        return not (config.hidden_size % 32 or config.intermediate_size % 32 or width % 32)
 
     def load(self, device: Device) -> None:
         """Tell the kernels what the network, which is loaded, has where."""
@@ -208,6 +215,16 @@ class Decoder:
                 self._step(likeliest=True)
             device.reached(arrived)
             yield int(self._pinned[at])
+
+    def timeline(self, device: Any) -> list[dict[str, Any]]:
+        """Return what a token launches and how long each takes, on a Timed device that is the decoder's."""
+        rows: list[dict[str, Any]] = device.measured(lambda: self._launch(likeliest=True))
+        return rows
+
+    def bytes_read(self) -> int:
+        """Return the bytes of weights that a token reads: codes, scales, and the head."""
+        weights = self.network.weights
+        return weights.nbytes + self.network.table.nbytes
 
     # ---- launches ----------------------------------------------------------------------------------------
 

@@ -306,6 +306,11 @@ class Weights:
         assert host is not None
         self._device.copy(self._places[layer], host.ctypes.data, host.nbytes)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all layers as they are stored."""
+        return sum(self._sizes)
+
     def settle(self, layer: int) -> None:
         """Bring a layer to its place, on the current stream, unless it stays there."""
         if layer >= self.resident:

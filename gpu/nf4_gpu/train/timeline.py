@@ -37,7 +37,8 @@ class Timed(Cuda):
         **defines: int,
     ) -> None:
         """Launch a kernel."""
-        label = f"{name} {'A' if defines.get('ACROSS') else ''}".strip()
+        sizes = " x ".join(map(str, grid))
+        label = f"{name} {sizes}"
         with self._timed(label, 0.0):
             super().launch(source, name, grid, block, arguments, shared=shared, **defines)
 
