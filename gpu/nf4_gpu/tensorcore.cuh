@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_transposed(u32 r[4], const void* row) {
                : "memory");
 }
 
-// 16 bytes from global to shared memory, or zeros: nothing is read then.
+// 16 bytes from global to shared memory, or zeros: nothing is read then, wherever the address is.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool there = true) {
   int bytes = there ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
@@ -46,6 +46,13 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Products of two pairs of bfloat16, each rounded.
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
+  u32 product;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
 }
 
 // 2^x and 1 / x to some units in the last place.

@@ -18,14 +18,20 @@ struct Tile {
 
 __device__ __forceinline__ u8* aligned(u8* memory) { return memory + (-shared_address(memory) & 1023); }
 
-// Rows first.. of a head, [rows, DIM] at x, into shared memory; zeros beyond `length`.
+// Rows first.. of a head, [rows, DIM] at x, into shared memory; zeros beyond `length`. A thread's rows are so far apart that
+// their parts are swizzled alike.
 template <int COUNT>
 __device__ __forceinline__ void load_rows(u8* to, const Element* x, i64 pitch, int first, int length) {
+  const int APART = THREADS / (DIM / 8);
+  static_assert(APART % 8 == 0 && COUNT % APART == 0, "");
+  int r = threadIdx.x / (DIM / 8), c = threadIdx.x % (DIM / 8) * 8, left = length - first - r;
+  const Element* from = x + (first + r) * pitch + c;
+  to += swizzled(r, c, COUNT);
 #pragma unroll
-  for (int i = threadIdx.x; i < COUNT * (DIM / 8); i += THREADS) {
-    int r = i / (DIM / 8), c = i % (DIM / 8) * 8;
-    bool there = first + r < length;
-    copy_async(to + swizzled(r, c, COUNT), there ? x + (i64)(first + r) * pitch + c : x, there);
+  for (int k = 0; k < COUNT / APART; k++) {
+    bool there = k * APART < left;
+    copy_async(to + k * APART * 128, from, there);
+    from += APART * pitch;
   }
 }
 
@@ -267,16 +273,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     hold(s);
     hold(dp);
     hold(sum);
-    bool masked = key0 + BESIDE > tile.first + row + 1 || (window && key0 + window < tile.first + ROWS);
+    if (key0 + BESIDE > tile.first + 1 || (window && key0 + window < tile.first + ROWS))
+#pragma unroll
+      for (int i = 0; i < BESIDE / 2; i++) {
+        int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2, query = tile.first + row0 + i / 2 % 2 * 8;
+        if (key > query || (window && key + window <= query)) s[i] = LOWEST;
+      }
 #pragma unroll
     for (int i = 0; i < BESIDE / 2; i++) {
       int half = i / 2 % 2;
-      float p = power_of_two(s[i] * scale - row_lse[half]);
-      if (masked) {
-        int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2, query = tile.first + row0 + half * 8;
-        if (key > query || (window && key + window <= query)) p = 0.f;
-      }
-      s[i] = p * (dp[i] - row_delta[half]);
+      s[i] = power_of_two(s[i] * scale - row_lse[half]) * (dp[i] - row_delta[half]);
     }
     as_factors(factors, s);
     begin_products();
@@ -321,10 +327,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   dout += tile.start * dout_pitch;
   int begin = tile.first;
   int end = window ? min(tile.length, tile.first + ROWS - 1 + window) : tile.length;
-  int blocks = (end - begin + BESIDE - 1) / BESIDE, turns = blocks * heads;
+  int turns = (end - begin + BESIDE - 1) / BESIDE * heads;
+  int next_head = head0, next_first = begin;  // of the queries that are loaded next
   auto load = [&](int turn) {
     if (turn < turns) {
-      int head = head0 + turn / blocks, first = begin + turn % blocks * BESIDE, buffer = turn % 2;
+      int head = next_head, first = next_first, buffer = turn % 2;
+      next_first += BESIDE;
+      if (next_first >= end) next_first = begin, next_head++;
       u8* to = buffers + buffer * 2 * PART_BYTES;
       load_rows<BESIDE>(to, q + head * DIM, q_pitch, first, tile.length);
       load_rows<BESIDE>(to + PART_BYTES, dout + head * DIM, dout_pitch, first, tile.length);
@@ -342,13 +351,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   load(0);
   float sum_k[DIM / 2] = {}, sum_v[DIM / 2] = {}, s[BESIDE / 2], dp[BESIDE / 2];
   u32 factors[BESIDE / 4];
+  int first = begin - BESIDE;
 #pragma unroll 1
   for (int turn = 0; turn < turns; turn++) {
     wait_copies<0>();
     show_products();
     __syncthreads();  // these queries are here, and what was read before is free
     load(turn + 1);
-    int first = begin + turn % blocks * BESIDE;
+    first += BESIDE;
+    if (first >= end) first = begin;
     const u8* qs = buffers + turn % 2 * 2 * PART_BYTES;
     const u8* ds = qs + PART_BYTES;
     begin_products();
@@ -358,17 +369,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     commit_products();
     wait_products<1>();
     hold(s);
-    bool masked = first < tile.first + ROWS - 1 || (window && first + BESIDE > tile.first + window);
+    if (first < tile.first + ROWS - 1 || (window && first + BESIDE > tile.first + window))
 #pragma unroll
-    for (int i = 0; i < BESIDE / 2; i++) {
-      int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      float p = power_of_two(s[i] * scale - row_lse[turn % 2][column]);
-      if (masked) {
-        int key = tile.first + row0 + i / 2 % 2 * 8, query = first + column;
-        if (key > query || (window && key + window <= query)) p = 0.f;
+      for (int i = 0; i < BESIDE / 2; i++) {
+        int key = tile.first + row0 + i / 2 % 2 * 8, query = first + i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (key > query || (window && key + window <= query)) s[i] = LOWEST;
       }
-      s[i] = p;
-    }
+#pragma unroll
+    for (int i = 0; i < BESIDE / 2; i++)
+      s[i] = power_of_two(s[i] * scale - row_lse[turn % 2][i / 4 * 8 + lane % 4 * 2 + i % 2]);
     as_factors(factors, s);
     wait_products<0>();
     hold(dp);

@@ -1,17 +1,24 @@
 // One token at a time through a model: products with one row, attention over a cache of keys and values, the likeliest token.
 // Vectors are float32 in memory, and bfloat16 where they meet a weight, as in training.
-// Defines: DTYPE (BFLOAT16); KIND of the rows: CODES (0), BF16 (1), FLOATS (2); PROLOGUE: what is done to the vector first,
-// nothing (0), a norm (1), SwiGLU (2); PER_WARP: rows of a warp; GROUP and DIM of attention's heads; QK_NORM.
-// Fused multiply-adds: nothing here is exact.
+// Defines: DTYPE (BFLOAT16); KIND of the rows: CODES (0), BF16 (1); PROLOGUE: what is done to the vector first, nothing (0), a
+// norm (1), SwiGLU (2); GROUP and DIM of attention's heads; QK_NORM. Fused multiply-adds: nothing here is exact.
 #include "tensorcore.cuh"
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
 #define LOG2E 1.44269504088896f
+#if KIND == 0
+#define GROUP_ROWS 16  // that a thread block takes at a time, each warp a part of the columns
+#define SPAN 128       // columns that a warp takes at a time
+#else
+#define PER_WARP 4     // rows of a warp
+#define GROUP_ROWS (PER_WARP * WARPS)
+#define SPAN 1024
+#endif
 
-// Rows of a weight, of an adapter's A, or of the head.
+// Rows of a weight or of the head.
 struct Rows {
-  const void* from;     // codes, bfloat16 or float32, `pitch` elements a row
+  const void* from;     // codes, or bfloat16, `pitch` elements a row
   const void* absmax;   // float32; or codes of it, if there is a map
   const float* nested_absmax;
   const float* offset;
@@ -20,17 +27,26 @@ struct Rows {
   const Element* bias;  // or null
   const void* b;        // [rows, ranks] of an adapter, or null
   float* y;             // where the rows' results go
-  int rows, first;      // first: groups of PER_WARP rows before these
+  int rows, first;      // first: groups of rows before these
   int block_shift, nested_shift;
   int ranks, start;     // start: of the adapter's part of z
   int wide;             // whether b is in float32
   float scale;
 };
 
-// Where a pair of columns lies, so that a warp's lanes read 16 bytes each side by side: a lane has 32 columns in a row.
+// An adapter's A [ranks, columns], and where its products with the vector go.
+struct Narrow {
+  const void* from;
+  int ranks, start, wide, unused;
+};
+
+// Where a column lies. For codes a lane of four has 32 columns in a row, read eight at a time; the four lie side by side.
 __device__ __forceinline__ int place_of(int column) {
-  int step = column / 1024, lane = column / 32 % 32, part = column / 8 % 4;
-  return ((step * 4 + part) * 32 + lane) * 8 + column % 8;
+#if KIND == 0
+  return (column / 128 * 16 + column / 8 % 4 * 4 + column / 32 % 4) * 8 + column % 8;
+#else
+  return column;
+#endif
 }
 
 __device__ __forceinline__ float block_total(float v) {
@@ -46,158 +62,220 @@ __device__ __forceinline__ float block_total(float v) {
   return v;
 }
 
-// The vector as the weights meet it: columns of x [columns], or gate and up [2 columns], after the prologue, in bfloat16.
+// The vector as the weights meet it: columns of x [columns], or gate and up [2 columns], after the prologue, in bfloat16; zeros
+// up to a whole span.
 __device__ __forceinline__ void prepare(Element* xs, const float* x, int columns, const float* weight, float eps) {
-  int steps = (columns + 1023) / 1024;
+  int padded = (columns + SPAN - 1) / SPAN * SPAN;
 #if PROLOGUE == 1
   float sum = 0.f;
-  for (int c = threadIdx.x; c < columns; c += THREADS) sum += x[c] * x[c];
+#pragma unroll 4
+  for (int c = threadIdx.x * 4; c < columns; c += THREADS * 4) {
+    float4 v = *(const float4*)(x + c);
+    sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+  }
   float r = 1.f / sqrtf(block_total(sum) / columns + eps);
 #endif
-  for (int c = threadIdx.x; c < steps * 1024; c += THREADS) {
-    float v = 0.f;
+#pragma unroll 4
+  for (int c = threadIdx.x * 4; c < padded; c += THREADS * 4) {
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
     if (c < columns) {
-      v = x[c];
+      v = *(const float4*)(x + c);
 #if PROLOGUE == 1
-      v *= r * weight[c];
+      float4 w = *(const float4*)(weight + c);
+      v.x *= r * w.x, v.y *= r * w.y, v.z *= r * w.z, v.w *= r * w.w;
 #elif PROLOGUE == 2
-      v *= quick_reciprocal(1.f + power_of_two(-LOG2E * v)) * x[columns + c];
+      float4 up = *(const float4*)(x + columns + c);
+      v.x *= quick_reciprocal(1.f + power_of_two(-LOG2E * v.x)) * up.x;
+      v.y *= quick_reciprocal(1.f + power_of_two(-LOG2E * v.y)) * up.y;
+      v.z *= quick_reciprocal(1.f + power_of_two(-LOG2E * v.z)) * up.z;
+      v.w *= quick_reciprocal(1.f + power_of_two(-LOG2E * v.w)) * up.w;
 #endif
     }
-    xs[place_of(c)] = narrow(v);
+    *(uint2*)(xs + place_of(c)) = make_uint2(narrow_pair(v.x, v.y), narrow_pair(v.z, v.w));
   }
 }
 
-// What a lane has of a row: 32 neighbouring columns of each step.
-struct Part {
-#if KIND == 0
-  uint4 codes;
-  u32 absmax_code;
-  float absmax;
-#elif KIND == 1
-  uint4 words[4];
-#else
-  float4 words[8];
-#endif
-};
-
-__device__ __forceinline__ void load(Part& part, const Rows& job, i64 row, i64 pitch, int column, bool there) {
-  i64 at = row * pitch + column;
-#if KIND == 0
-  part.codes = make_uint4(0, 0, 0, 0);
-  part.absmax = 0.f, part.absmax_code = 0;
-  if (!there) return;
-  part.codes = __ldcs((const uint4*)((const u8*)job.from + at / 2));
-  i64 block = at >> job.block_shift;
-  if (job.map) {
-    part.absmax_code = __ldg((const u8*)job.absmax + block);
-    part.absmax = __ldg(job.nested_absmax + (block >> job.nested_shift));
-  } else
-    part.absmax = __ldg((const float*)job.absmax + block);
-#elif KIND == 1
-#pragma unroll
-  for (int i = 0; i < 4; i++)
-    part.words[i] = there ? __ldcs((const uint4*)((const Element*)job.from + at) + i) : make_uint4(0, 0, 0, 0);
-#else
-#pragma unroll
-  for (int i = 0; i < 8; i++)
-    part.words[i] = there ? __ldg((const float4*)((const float*)job.from + at) + i) : make_float4(0.f, 0.f, 0.f, 0.f);
-#endif
+// The product of eight elements of the vector with eight of a row of A.
+__device__ __forceinline__ float dot_eight(const Element* xs, const void* row, int wide, i64 at) {
+  uint4 words = *(const uint4*)xs;
+  u32 w[4] = {words.x, words.y, words.z, words.w};
+  float v[8], m[8], sum = 0.f;
+  EIGHT v[i] = __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16);
+  if (wide) {
+    float4 a = __ldg((const float4*)((const float*)row + at)), b = __ldg((const float4*)((const float*)row + at) + 1);
+    m[0] = a.x, m[1] = a.y, m[2] = a.z, m[3] = a.w, m[4] = b.x, m[5] = b.y, m[6] = b.z, m[7] = b.w;
+  } else {
+    uint4 a = __ldg((const uint4*)((const Element*)row + at));
+    u32 u[4] = {a.x, a.y, a.z, a.w};
+    EIGHT m[i] = __uint_as_float(i % 2 ? u[i / 2] & 0xffff0000 : u[i / 2] << 16);
+  }
+  EIGHT sum += widen(narrow(m[i])) * v[i];  // A meets the vector in bfloat16, as in training
+  return sum;
 }
 
-// y = rows times the vector, plus scale b z of an adapter, plus bias, plus y itself if add. jobs [count]; a warp takes PER_WARP
-// rows at a time, one after the other in all the grid.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    multiply_vector(const Rows* jobs, int count, int groups, const float* x, int columns, i64 pitch, const float* weight,
-                    float eps, const float* z, bool add) {
+// y = rows times the vector, plus scale b z of their adapter, plus bias, plus y itself if add; z = A times the vector. The first
+// thread blocks, one a row of the adapters [narrow_count], make z, and count themselves in ready [2], 0 before and after; the
+// others take the jobs [count], `groups` groups of rows in all, and wait for z at the end of one.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    multiply_vector(const Rows* jobs, int count, int groups, const Narrow* adapters, int narrow_count, int narrow_rows,
+                    const float* x, int columns, i64 pitch, const float* weight, float eps, float* z, u32* ready, bool add) {
   DYNAMIC_SHARED(memory);
   Element* xs = (Element*)memory;
-  int steps = (columns + 1023) / 1024, lane = threadIdx.x % 32;
+  int padded = (columns + SPAN - 1) / SPAN * SPAN, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  if ((int)blockIdx.x < narrow_rows) {
+    prepare(xs, x, columns, weight, eps);
+    __syncthreads();
+    int row = blockIdx.x, number = 0;
+    while (row >= adapters[number].ranks) row -= adapters[number++].ranks;
+    const Narrow adapter = adapters[number];
+    float sum = 0.f;
+#pragma unroll 4
+    for (int c = threadIdx.x * 8; c < columns; c += THREADS * 8)
+      sum += dot_eight(xs + place_of(c), adapter.from, adapter.wide, (i64)row * columns + c);
+    sum = block_total(sum);
+    if (threadIdx.x == 0) {
+      z[adapter.start + row] = widen(narrow(sum));
+      __threadfence();
+      atomicAdd(ready, 1u);
+    }
+    return;
+  }
 #if KIND == 0
-  u32* table = (u32*)(xs + steps * 1024);  // [256][32], a copy in each bank: a byte's two values, the first in the low half
-  __shared__ float map[256];
+  u32* table = (u32*)(xs + padded);  // [256][32], a copy in each bank: a byte's two values, the first in the low half
+  __shared__ float map[256], parts[2][WARPS][GROUP_ROWS];
   float value = jobs[0].values[lane % 16];
 #pragma unroll 4
-  for (int byte = threadIdx.x / 32; byte < 256; byte += WARPS)
+  for (int byte = warp; byte < 256; byte += WARPS)
     table[byte * 32 + lane] = narrow_pair(__shfl_sync(~0u, value, byte >> 4), __shfl_sync(~0u, value, byte & 15));
   if (jobs[0].map) map[threadIdx.x] = jobs[0].map[threadIdx.x];
 #endif
   prepare(xs, x, columns, weight, eps);
   __syncthreads();
-  for (int group = blockIdx.x * WARPS + threadIdx.x / 32; group < groups; group += gridDim.x * WARPS) {
+  int turn = 0;
+#pragma unroll 1
+  for (int group = blockIdx.x - narrow_rows; group < groups; group += gridDim.x - narrow_rows, turn ^= 1) {
     int number = 0;
     while (number + 1 < count && jobs[number + 1].first <= group) number++;
     const Rows job = jobs[number];
-    int row0 = (group - job.first) * PER_WARP;
-    float sum[PER_WARP] = {};
-    Part next[PER_WARP];
-#pragma unroll
-    for (int r = 0; r < PER_WARP; r++) load(next[r], job, row0 + r, pitch, lane * 32, row0 + r < job.rows && lane * 32 < columns);
+    int row0 = (group - job.first) * GROUP_ROWS;
 #if KIND == 0
+    // The tensor cores take 16 rows by 16 columns; which columns is free, as long as the vector is read alike. A lane reads 32
+    // neighbours of two rows, and all columns of the result are the same.
+    int quad = lane % 4, near = row0 + lane / 4, far = near + 8;
+    const u8* codes = (const u8*)job.from;
+    i64 near_at = (i64)min(near, job.rows - 1) * pitch + quad * 32, far_at = (i64)min(far, job.rows - 1) * pitch + quad * 32;
     float offset = job.map ? *job.offset : 0.f;
-#endif
-    for (int step = 0; step < steps; step++) {
-      Part part[PER_WARP];
+    float sum[4] = {};
+    const char* mine = (const char*)(table + lane);
+#pragma unroll 2
+    for (int c = warp * SPAN; c < padded; c += WARPS * SPAN) {
+      bool there = c + quad * 32 < columns;
+      uint4 zero = make_uint4(0, 0, 0, 0);
+      uint4 first = there ? __ldcs((const uint4*)(codes + (near_at + c) / 2)) : zero;
+      uint4 second = there ? __ldcs((const uint4*)(codes + (far_at + c) / 2)) : zero;
+      u32 scales[2];
 #pragma unroll
-      for (int r = 0; r < PER_WARP; r++) part[r] = next[r];
-      int column = (step + 1) * 1024 + lane * 32;
-      if (step + 1 < steps)
+      for (int i = 0; i < 2; i++) {
+        i64 block = ((i ? far_at : near_at) + c) >> job.block_shift;
+        float absmax = 0.f;
+        if (there)
+          absmax = job.map ? map[__ldg((const u8*)job.absmax + block)] * __ldg(job.nested_absmax + (block >> job.nested_shift)) + offset
+                           : __ldg((const float*)job.absmax + block);
+        scales[i] = narrow_pair(absmax, absmax);
+      }
+      u32 w[2][4] = {{first.x, first.y, first.z, first.w}, {second.x, second.y, second.z, second.w}};
 #pragma unroll
-        for (int r = 0; r < PER_WARP; r++) load(next[r], job, row0 + r, pitch, column, row0 + r < job.rows && column < columns);
-      float total[PER_WARP] = {};
+      for (int part = 0; part < 4; part++) {
+        uint4 v = *(const uint4*)(xs + ((c / 128 * 4 + part) * 4 + quad) * 8);
 #pragma unroll
-      for (int eight = 0; eight < 4; eight++) {
-        uint4 words = *(const uint4*)(xs + ((step * 4 + eight) * 32 + lane) * 8);
-        u32 w[4] = {words.x, words.y, words.z, words.w};
-        float v[8];
-        EIGHT v[i] = __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16);
+        for (int half = 0; half < 2; half++) {
+          u32 a[4];
 #pragma unroll
-        for (int r = 0; r < PER_WARP; r++) {
-#if KIND == 0
-          u32 codes = eight == 0 ? part[r].codes.x : eight == 1 ? part[r].codes.y : eight == 2 ? part[r].codes.z : part[r].codes.w;
-#pragma unroll
-          for (int byte = 0; byte < 4; byte++) {
-            u32 pair = table[(codes >> byte * 8 & 255) * 32 + lane];
-            total[r] += __uint_as_float(pair << 16) * v[byte * 2] + __uint_as_float(pair & 0xffff0000) * v[byte * 2 + 1];
+          for (int i = 0; i < 4; i++) {
+            int shift = (half * 2 + i / 2) * 8 - 7;  // to 128 times the byte, where its row of the table begins
+            u32 word = w[i % 2][part], row = (shift < 0 ? word << -shift : word >> shift) & 0x7f80;
+            a[i] = multiply_pairs(*(const u32*)(mine + row), scales[i % 2]);
           }
-#elif KIND == 1
-          u32 m[4] = {part[r].words[eight].x, part[r].words[eight].y, part[r].words[eight].z, part[r].words[eight].w};
-          EIGHT total[r] += __uint_as_float(i % 2 ? m[i / 2] & 0xffff0000 : m[i / 2] << 16) * v[i];
-#else
-          float4 a = part[r].words[2 * eight], b = part[r].words[2 * eight + 1];
-          float m[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-          EIGHT total[r] += m[i] * v[i];
-#endif
+          multiply_add(sum, a, half ? v.z : v.x, half ? v.w : v.y);
         }
       }
+    }
+    if (quad == 0) parts[turn][warp][lane / 4] = sum[0], parts[turn][warp][lane / 4 + 8] = sum[2];
+    __syncthreads();
+    if (threadIdx.x >= GROUP_ROWS) continue;
+    int row = row0 + threadIdx.x;
+    float out = 0.f;
 #pragma unroll
-      for (int r = 0; r < PER_WARP; r++) {
-#if KIND == 0
-        float absmax = job.map ? map[part[r].absmax_code] * part[r].absmax + offset : part[r].absmax;
-        sum[r] += lane * 32 + step * 1024 < columns ? total[r] * absmax : 0.f;
-#else
-        sum[r] += total[r];
-#endif
+    for (int i = 0; i < WARPS; i++) out += parts[turn][i][threadIdx.x];
+    if (row >= job.rows) continue;
+    if (job.b) {
+      while (*(volatile u32*)ready < (u32)narrow_rows) {
       }
+      __threadfence();
+      float adapted = 0.f;
+      for (int rank = 0; rank < job.ranks; rank++) {
+        i64 at = (i64)row * job.ranks + rank;
+        float b = (job.wide ? ((const float*)job.b)[at] : widen(((const Element*)job.b)[at])) * job.scale;
+        adapted += widen(narrow(b)) * __ldcg(z + job.start + rank);
+      }
+      out += adapted;
+    }
+    if (job.bias) out += widen(job.bias[row]);
+    job.y[row] = add ? job.y[row] + out : out;
+#else
+    float sum[PER_WARP] = {};
+    row0 += warp * PER_WARP;
+#pragma unroll 1
+    for (int c = lane * 8; c < padded; c += SPAN) {
+      uint4 words[PER_WARP][4];
+#pragma unroll
+      for (int r = 0; r < PER_WARP; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          words[r][i] = c + i * 256 < columns ? __ldcs((const uint4*)((const Element*)job.from +
+                                                                     (i64)min(row0 + r, job.rows - 1) * pitch + c + i * 256))
+                                              : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        uint4 part = *(const uint4*)(xs + c + i * 256);
+        u32 v[4] = {part.x, part.y, part.z, part.w};
+#pragma unroll
+        for (int r = 0; r < PER_WARP; r++) {
+          u32 m[4] = {words[r][i].x, words[r][i].y, words[r][i].z, words[r][i].w};
+#pragma unroll
+          for (int k = 0; k < 4; k++)
+            sum[r] += __uint_as_float(m[k] << 16) * __uint_as_float(v[k] << 16) +
+                      __uint_as_float(m[k] & 0xffff0000) * __uint_as_float(v[k] & 0xffff0000);
+        }
+      }
+    }
+    if (job.b && row0 < job.rows) {
+      while (*(volatile u32*)ready < (u32)narrow_rows) {
+      }
+      __threadfence();
+#pragma unroll
+      for (int r = 0; r < PER_WARP; r++)
+        for (int rank = lane; rank < job.ranks; rank += 32) {
+          i64 at = (i64)min(row0 + r, job.rows - 1) * job.ranks + rank;
+          float b = (job.wide ? ((const float*)job.b)[at] : widen(((const Element*)job.b)[at])) * job.scale;
+          sum[r] += widen(narrow(b)) * __ldcg(z + job.start + rank);
+        }
     }
 #pragma unroll
     for (int r = 0; r < PER_WARP; r++) {
-      int row = row0 + r;
-      if (job.b && row < job.rows)
-        for (int rank = lane; rank < job.ranks; rank += 32) {
-          i64 at = (i64)row * job.ranks + rank;
-          float b = job.wide ? ((const float*)job.b)[at] : widen(((const Element*)job.b)[at]);
-          sum[r] += job.scale * b * z[job.start + rank];
-        }
 #pragma unroll
       for (int lanes = 16; lanes; lanes /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], lanes);
-      if (lane == 0 && row < job.rows) {
-        float out = sum[r];
-        if (job.bias) out += widen(job.bias[row]);
-        job.y[row] = add ? job.y[row] + out : out;
-      }
+      int row = row0 + r;
+      if (lane != 0 || row >= job.rows) continue;
+      float out = sum[r];
+      if (job.bias) out += widen(job.bias[row]);
+      job.y[row] = add ? job.y[row] + out : out;
     }
+#endif
   }
+  if (narrow_rows == 0) return;
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicInc(ready + 1, gridDim.x - narrow_rows - 1) == gridDim.x - narrow_rows - 1) *ready = 0;
 }
 
 // x [width] = row *token of a table, which may lie in the host's pinned memory.
@@ -206,8 +284,10 @@ extern "C" __global__ void embed_token(const Element* table, i64 pitch, const in
   if (c < width) x[c] = widen(table[*token * pitch + c]);
 }
 
-#define CHUNK 128  // keys that are scored at a time, a thread each
-#define EACH ((DIM + 127) / 128)  // columns of a head that a thread adds up
+#define EIGHTS (DIM / 8)
+#define LANES (EIGHTS <= 1 ? 1 : EIGHTS <= 2 ? 2 : EIGHTS <= 4 ? 4 : EIGHTS <= 8 ? 8 : EIGHTS <= 16 ? 16 : 32)  // of a key
+#define BESIDE (128 / LANES)  // keys that are read at a time
+#define CHUNK 64              // keys whose scores are kept at a time
 
 // qkv [(GROUP key_heads + 2 key_heads) DIM] of the token at *position -> mixed [GROUP key_heads DIM], over the keys and values
 // in the cache [.., key_heads DIM], to which its own are written. rows [..] are rows of cosines and sines by position. A thread
@@ -217,7 +297,8 @@ extern "C" __global__ void __launch_bounds__(128)
     attend_token(const float* qkv, Element* keys, Element* values, const int* position, const int* rows,
                  const float* cosines, const float* sines, int window, float scale, const float* query_weight,
                  const float* key_weight, float eps, float* mixed, float* partial, u32* counters) {
-  __shared__ float q[GROUP][DIM], k[DIM], scores[GROUP][CHUNK], tops[GROUP], totals[GROUP], shrinks[GROUP];
+  __shared__ __align__(16) float q[GROUP][DIM], k[DIM], scores[GROUP][CHUNK], sums[4][GROUP][DIM];
+  __shared__ float tops[GROUP], totals[GROUP], shrinks[GROUP];
   int head = blockIdx.x, key_heads = gridDim.x, parts = gridDim.y, here = *position, pitch = key_heads * DIM;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float* angle_c = cosines + (i64)rows[here] * (DIM / 2);
@@ -256,30 +337,33 @@ extern "C" __global__ void __launch_bounds__(128)
       values[(i64)here * pitch + c] = narrow(v[c]);
     }
   __syncthreads();  // which the threads of this block, alone in need of it, see
-  float sum[GROUP][EACH] = {};
+  int part = threadIdx.x % LANES, beside = threadIdx.x / LANES;  // LANES threads a key, eight elements each
+  bool works = part < EIGHTS;
+  float sum[GROUP][8] = {};
+#pragma unroll 1
   for (int key0 = first; key0 < last; key0 += CHUNK) {
-    int key = key0 + threadIdx.x, n = min(CHUNK, last - key0);
-    if (key < last) {
-      float dot[GROUP] = {};
-      for (int c = 0; c < DIM; c += 8) {
-        uint4 words = *(const uint4*)(keys + (i64)key * pitch + c);
-        u32 w[4] = {words.x, words.y, words.z, words.w};
-        EIGHT {
-          float x = __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16);
+    int n = min(CHUNK, last - key0);
+#pragma unroll 4
+    for (int i = beside; i < CHUNK; i += BESIDE) {
+      uint4 words = make_uint4(0, 0, 0, 0);
+      if (works && i < n) words = *(const uint4*)(keys + (i64)(key0 + i) * pitch + part * 8);
+      u32 w[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-          for (int h = 0; h < GROUP; h++) dot[h] += x * q[h][c + i];
-        }
+      for (int h = 0; h < GROUP; h++) {
+        float dot = 0.f;
+        if (works) EIGHT dot += __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16) * q[h][part * 8 + i];
+#pragma unroll
+        for (int lanes = LANES / 2; lanes; lanes /= 2) dot += __shfl_xor_sync(~0u, dot, lanes);
+        if (part == 0) scores[h][i] = i < n ? dot * scale : -3e38f;
       }
-#pragma unroll
-      for (int h = 0; h < GROUP; h++) scores[h][threadIdx.x] = dot[h] * scale;
     }
     __syncthreads();
     for (int h = warp; h < GROUP; h += 4) {
       float most = tops[h], total = 0.f;
-      for (int i = lane; i < n; i += 32) most = fmaxf(most, scores[h][i]);
+      for (int i = lane; i < CHUNK; i += 32) most = fmaxf(most, scores[h][i]);
 #pragma unroll
       for (int lanes = 16; lanes; lanes /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
-      for (int i = lane; i < n; i += 32) {
+      for (int i = lane; i < CHUNK; i += 32) {
         float p = power_of_two(scores[h][i] - most);
         scores[h][i] = p;
         total += p;
@@ -292,26 +376,35 @@ extern "C" __global__ void __launch_bounds__(128)
     }
     __syncthreads();
 #pragma unroll
-    for (int e = 0; e < EACH; e++) {
-      int c = e * 128 + threadIdx.x;
-      if (c >= DIM) break;
+    for (int h = 0; h < GROUP; h++) EIGHT sum[h][i] *= shrinks[h];
+#pragma unroll 4
+    for (int i = beside; i < n; i += BESIDE) {
+      uint4 words = make_uint4(0, 0, 0, 0);
+      if (works) words = *(const uint4*)(values + (i64)(key0 + i) * pitch + part * 8);
+      u32 w[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-      for (int h = 0; h < GROUP; h++) sum[h][e] *= shrinks[h];
-      for (int i = 0; i < n; i++) {
-        float x = widen(values[(i64)(key0 + i) * pitch + c]);
-#pragma unroll
-        for (int h = 0; h < GROUP; h++) sum[h][e] += scores[h][i] * x;
+      for (int h = 0; h < GROUP; h++) {
+        float p = scores[h][i];
+        EIGHT sum[h][i] += p * __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16);
       }
     }
     __syncthreads();  // the scores are read
   }
+#pragma unroll
+  for (int h = 0; h < GROUP; h++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+#pragma unroll
+      for (int lanes = LANES; lanes < 32; lanes *= 2) sum[h][i] += __shfl_xor_sync(~0u, sum[h][i], lanes);
+      if (works && lane < LANES) sums[warp][h][part * 8 + i] = sum[h][i];
+    }
+  __syncthreads();
   float* mine = partial + ((i64)head * parts + blockIdx.y) * GROUP * (DIM + 2);
+  for (int i = threadIdx.x; i < GROUP * DIM; i += 128) {
+    float total = 0.f;
 #pragma unroll
-  for (int e = 0; e < EACH; e++) {
-    int c = e * 128 + threadIdx.x;
-    if (c < DIM)
-#pragma unroll
-      for (int h = 0; h < GROUP; h++) mine[h * (DIM + 2) + c] = sum[h][e];
+    for (int other = 0; other < 4; other++) total += sums[other][i / DIM][i % DIM];
+    mine[i / DIM * (DIM + 2) + i % DIM] = total;
   }
   if (threadIdx.x < GROUP) {
     mine[threadIdx.x * (DIM + 2) + DIM] = tops[threadIdx.x];
@@ -325,17 +418,33 @@ extern "C" __global__ void __launch_bounds__(128)
   if (!ours) return;
   __threadfence();
   const float* all = partial + (i64)head * parts * GROUP * (DIM + 2);
+  // What each part is multiplied by, over scores.
+  float* factors = &scores[0][0];  // [GROUP, parts]: parts are at most CHUNK
+  for (int h = warp; h < GROUP; h += 4) {
+    float top = -3e38f, total = 0.f;
+    for (int i = lane; i < parts; i += 32) top = fmaxf(top, __ldcg(all + (i * GROUP + h) * (DIM + 2) + DIM));
+    float most = top;
+#pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
+    for (int i = lane; i < parts; i += 32) {
+      const float* of = all + (i * GROUP + h) * (DIM + 2) + DIM;
+      float factor = power_of_two(__ldcg(of) - most);
+      factors[h * parts + i] = factor;
+      total += factor * __ldcg(of + 1);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) total += __shfl_xor_sync(~0u, total, lanes);
+    __syncwarp();
+    for (int i = lane; i < parts; i += 32) factors[h * parts + i] /= total;
+  }
+  __syncthreads();
   for (int i = threadIdx.x; i < GROUP * DIM; i += 128) {
     int h = i / DIM, c = i % DIM;
-    float most = -3e38f, total = 0.f, out = 0.f;
-    for (int part = 0; part < parts; part++) most = fmaxf(most, __ldcg(all + (part * GROUP + h) * (DIM + 2) + DIM));
-    for (int part = 0; part < parts; part++) {
-      const float* of = all + (part * GROUP + h) * (DIM + 2);
-      float shrink = power_of_two(__ldcg(of + DIM) - most);
-      out += shrink * __ldcg(of + c);
-      total += shrink * __ldcg(of + DIM + 1);
-    }
-    mixed[(head * GROUP + h) * DIM + c] = out / total;
+    float out = 0.f;
+#pragma unroll 8
+    for (int other = 0; other < parts; other++)
+      out += factors[h * parts + other] * __ldcg(all + (other * GROUP + h) * (DIM + 2) + c);
+    mixed[(head * GROUP + h) * DIM + c] = out;
   }
 }
 

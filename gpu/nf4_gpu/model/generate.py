@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from nf4_gpu.model.llama import Network, Pass
 from nf4_gpu.model.weights import GROUPS
 
 SOURCE = "model/generate.cu"
-_CODES, _BF16, _FLOATS = range(3)  # KIND
+_CODES, _BF16 = range(2)  # KIND
 _PLAIN, _NORM, _SWIGLU = range(3)  # PROLOGUE
-_PER_WARP = {_CODES: 2, _BF16: 2, _FLOATS: 1}
-_THREADS, _WARPS, _RESIDENT = 256, 8, 3
+_GROUP = {_CODES: 16, _BF16: 32}  # rows that a thread block takes at a time
+_SPAN = {_CODES: 128, _BF16: 1024}  # columns that the vector is padded to
+_THREADS, _RESIDENT = 256, {_CODES: 3, _BF16: 2}
 _PARTS = 16  # of the positions that attention takes side by side
 _BLOCKS = 128  # of take_likeliest
 _LOG2E = 1.4426950408889634
@@ -32,6 +34,20 @@ _ROWS = np.dtype(
     + [(n, "<i4") for n in ("rows", "first", "block_shift", "nested_shift", "ranks", "start", "wide")]
     + [("scale", "<f4")]
 )
+_NARROW = np.dtype([("from", "<u8"), ("ranks", "<i4"), ("start", "<i4"), ("wide", "<i4"), ("unused", "<i4")])
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Rows of one kind: addresses and counts of their jobs and adapters."""
+
+    kind: int
+    jobs: int
+    count: int
+    groups: int
+    adapters: int = 0
+    adapter_count: int = 0
+    narrow: int = 0
 
 
 class Cache:
@@ -47,7 +63,7 @@ class Decoder:
     def __init__(self, arena: Arena, network: Network, positions: int) -> None:
         config = network.config
         if not self.takes(config):
-            raise InputError("generation on the GPU takes models whose widths are multiples of 32")
+            raise InputError("generation on the GPU takes widths that are multiples of 32, and at most 2048 of queries a key head")
         self.network, self.positions = network, positions
         width = config.num_key_value_heads * config.head_dim
         queries = config.num_attention_heads * config.head_dim
@@ -70,18 +86,21 @@ class Decoder:
         partial = 4 * config.num_key_value_heads * _PARTS * group * (config.head_dim + 2)
         for name, nbytes in {
             "partial": partial, "counters": 4 * config.num_key_value_heads, "best": 8 * _BLOCKS, "counter": 4,
-            "token": 4, "position": 4, "tokens": 4 * (positions + 1), "rows": 4 * positions,
+            "token": 4, "position": 4, "ready": 8, "tokens": 4 * (positions + 1), "rows": 4 * positions,
         }.items():  # fmt: skip
             self._at[name] = arena.take("buffers", nbytes)
         # Of each layer, every group has a job a module and one an adapter; and the head has one.
         modules = sum(len(targets) for targets in GROUPS.values())
-        self._job_memory = arena.take("buffers", _ROWS.itemsize * (2 * modules * config.num_hidden_layers + 1))
+        self._job_memory = arena.take("buffers", _ROWS.itemsize * (modules * config.num_hidden_layers + 1))
+        self._narrow_memory = arena.take("buffers", _NARROW.itemsize * modules * config.num_hidden_layers)
 
     @staticmethod
     def takes(config: LlamaConfig) -> bool:
-        """Whether the kernels take a model's widths."""
+        """Whether the kernels take a model's widths and heads."""
         width = config.num_attention_heads * config.head_dim
-        return not (config.hidden_size % 32 or config.intermediate_size % 32 or width % 32)
+        group = config.num_attention_heads // config.num_key_value_heads
+        whole = not (config.hidden_size % 32 or config.intermediate_size % 32 or width % 32)
+        return whole and group * config.head_dim <= 2048
 
     def load(self, device: Device) -> None:
         """Tell the kernels what the network, which is loaded, has where."""
@@ -89,13 +108,15 @@ class Decoder:
         network, config = self.network, self.network.config
         self._heads = network.heads
         jobs: list[Any] = []
-        self._launches: list[dict[str, list[tuple[int, int, int, int]]]] = []  # kind, first job, jobs, groups
+        narrow: list[Any] = []
+        self._launches: list[dict[str, list[_Launch]]] = []
+        size = network.adapter_dtype.itemsize
         for i, groups in enumerate(network.layers):
-            found: dict[str, list[tuple[int, int, int, int]]] = {}
+            found: dict[str, list[_Launch]] = {}
             for key, group in groups.items():
                 rows: dict[tuple[int, int, int], list[Any]] = {}
                 target = {"qkv": "qkv", "o": "x", "gate_up": "gate_up", "down": "x"}[key]
-                narrow: list[Any] = []
+                first = len(narrow)
                 for module in group.modules:
                     job = np.zeros((), _ROWS)
                     for name, address in network.weights.sources[i][module.name].items():
@@ -105,25 +126,25 @@ class Decoder:
                     bias = network.bias(i, key)
                     job["bias"] = bias + 2 * module.row if bias else 0
                     adapter = module.adapter
-                    size = network.adapter_dtype.itemsize
                     if adapter is not None:
                         job["b"], job["ranks"] = network.parameters + adapter.b * size, adapter.rank
                         job["start"], job["scale"], job["wide"] = adapter.start, adapter.scale, size == 4
-                        part = np.zeros((), _ROWS)
-                        part["from"], part["rows"] = network.parameters + adapter.a * size, adapter.rank
-                        part["y"] = self._at["z"] + 4 * adapter.start
-                        narrow.append(part)
+                        a = network.parameters + adapter.a * size
+                        narrow.append(np.array((a, adapter.rank, adapter.start, size == 4, 0), _NARROW))
                     rows.setdefault((kind, int(job["values"]), int(job["map"])), []).append(job)
-                found[key] = [self._add(jobs, kind, part) for (kind, _, _), part in rows.items()]
-                if narrow:
-                    wide = network.adapter_dtype == FLOAT32
-                    found[f"{key} z"] = [self._add(jobs, _FLOATS if wide else _BF16, narrow)]
+                ranks = sum(int(part["ranks"]) for part in narrow[first:])
+                at = self._narrow_memory + first * _NARROW.itemsize
+                # Each launch makes z anew: there is but one where all the weights are of one kind.
+                found[key] = [
+                    self._add(jobs, kind, part, at, len(narrow) - first, ranks) for (kind, _, _), part in rows.items()
+                ]
             self._launches.append(found)
         head = np.zeros((), _ROWS)
         head["from"], head["rows"], head["y"] = network.table.address, config.vocab_size, self._at["logits"]
-        self._head = self._add(jobs, _BF16, [head])
-        packed = np.array(jobs, _ROWS)
-        self._put("", packed, self._job_memory)
+        self._head = self._add(jobs, _BF16, [head], 0, 0, 0)
+        self._put("", np.array(jobs, _ROWS), self._job_memory)
+        if narrow:
+            self._put("", np.array(narrow, _NARROW), self._narrow_memory)
         places = [network.angles.places(p, p + 1) for p in range(self.positions)]
         self._put("rows", np.concatenate(places))
         self._pinned = device.allocate_pinned(4 * (self.positions + 1)).view(np.int32)
@@ -132,13 +153,15 @@ class Decoder:
         self._steps: dict[bool, Callable[[], None]] = {}
         self._stepped: set[bool] = set()
 
-    def _add(self, jobs: list[Any], kind: int, part: list[Any]) -> tuple[int, int, int, int]:
-        first, groups = len(jobs), 0
+    def _add(
+        self, jobs: list[Any], kind: int, part: list[Any], adapters: int, adapter_count: int, narrow: int
+    ) -> _Launch:
+        first, groups = self._job_memory + len(jobs) * _ROWS.itemsize, 0
         for job in part:
             job["first"] = groups
-            groups += -(-int(job["rows"]) // _PER_WARP[kind])
+            groups += -(-int(job["rows"]) // _GROUP[kind])
             jobs.append(job)
-        return kind, first, len(part), groups
+        return _Launch(kind, first, len(part), groups, adapters, adapter_count, narrow)
 
     # ---- a sequence --------------------------------------------------------------------------------------
 
@@ -260,15 +283,12 @@ class Decoder:
     def _group(
         self, i: int, key: str, prologue: int, x: str, norm: tuple[int, float], columns: int, add: bool = False
     ) -> None:
-        launches = self._launches[i]
-        for launch in launches.get(f"{key} z", []):
-            self._multiply(launch, prologue, x, norm, columns=columns)
-        for launch in launches[key]:
+        for launch in self._launches[i][key]:
             self._multiply(launch, prologue, x, norm, columns=columns, add=add)
 
     def _multiply(
         self,
-        launch: tuple[int, int, int, int],
+        launch: _Launch,
         prologue: int,
         x: str,
         norm: tuple[int, float],
@@ -277,23 +297,21 @@ class Decoder:
         pitch: int | None = None,
         add: bool = False,
     ) -> None:
-        kind, first, count, groups = launch
-        shared = round_up(columns, 1024) * 2 + (32 << 10 if kind == _CODES else 0)
-        grid = min(-(-groups // _WARPS), _RESIDENT * self._device.processors)
+        kind = launch.kind
+        shared = round_up(columns, _SPAN[kind]) * 2 + (32 << 10 if kind == _CODES else 0)
+        grid = launch.narrow + min(launch.groups, _RESIDENT[kind] * self._device.processors)
         self._device.launch(
             SOURCE,
             "multiply_vector",
             (grid,),
             _THREADS,
             (
-                self._job_memory + first * _ROWS.itemsize, count, groups, self._at[x], columns, pitch or columns, norm[0],
-                np.float32(norm[1]), self._at["z"], add,
+                launch.jobs, launch.count, launch.groups, launch.adapters, launch.adapter_count, launch.narrow,
+                self._at[x], columns, pitch or columns, norm[0], np.float32(norm[1]), self._at["z"],
+                self._at["ready"], add,
             ),
             shared=shared,
-            KIND=kind,
-            PROLOGUE=prologue,
-            PER_WARP=_PER_WARP[kind],
-            **self._defines(),
+            **self._defines(kind, prologue),
         )  # fmt: skip
 
     def _attend(self, i: int) -> None:
@@ -312,9 +330,6 @@ class Decoder:
                 heads.cosines, heads.sines, heads.window, np.float32(_LOG2E / math.sqrt(heads.dim)), *weights,
                 np.float32(eps), self._at["mixed"], self._at["partial"], self._at["counters"],
             ),
-            KIND=_CODES,
-            PROLOGUE=_PLAIN,
-            PER_WARP=_PER_WARP[_CODES],
             **self._defines(),
         )  # fmt: skip
 
@@ -323,7 +338,7 @@ class Decoder:
         arguments = (table.address, table.pitch, token, width, self._at["x"])
         self._device.launch(
             SOURCE, "embed_token", (-(-width // 256),), 256, arguments,
-            KIND=_CODES, PROLOGUE=_PLAIN, PER_WARP=_PER_WARP[_CODES], **self._defines(),
+            **self._defines(),
         )  # fmt: skip
 
     def _likeliest(self) -> None:
@@ -334,13 +349,15 @@ class Decoder:
         )  # fmt: skip
         self._device.launch(
             SOURCE, "take_likeliest", (_BLOCKS,), 256, arguments,
-            KIND=_CODES, PROLOGUE=_PLAIN, PER_WARP=_PER_WARP[_CODES], **self._defines(),
+            **self._defines(),
         )  # fmt: skip
 
-    def _defines(self) -> dict[str, int]:
+    def _defines(self, kind: int = _CODES, prologue: int = _PLAIN) -> dict[str, int]:
         config = self.network.config
         return {
             "DTYPE": ops.BFLOAT16,
+            "KIND": kind,
+            "PROLOGUE": prologue,
             "GROUP": config.num_attention_heads // config.num_key_value_heads,
             "DIM": config.head_dim,
             "QK_NORM": int(config.qk_norm),

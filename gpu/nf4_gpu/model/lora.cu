@@ -63,31 +63,48 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   int stages = (int)((depth + DEPTH - 1) / DEPTH), parts = gridDim.y;
   int first = (int)((i64)stages * blockIdx.y / parts), last = (int)((i64)stages * (blockIdx.y + 1) / parts);
 
+  // A thread copies the same columns of rows that are THREADS / 8 apart; likewise of m.
+  int r0 = threadIdx.x / 8, c0 = threadIdx.x % 8 * 8;
+  const Element* from = x + (row0 + r0) * x_pitch + (i64)first * DEPTH + c0;
+  int rows_left = (int)(rows - row0) - r0;
+#if ACROSS
+  const int ACROSS_APART = THREADS / (NARROW / 8);
+  int mr = threadIdx.x / (NARROW / 8), mc = threadIdx.x % (NARROW / 8) * 8;
+  const Element* m_from = m + ((i64)first * DEPTH + mr) * m_pitch + mc;
+  bool m_works = mr < ACROSS_APART && mc < columns;
+#else
+  const Element* m_from = m + r0 * m_pitch + (i64)first * DEPTH + c0;
+#endif
   auto load = [&](int stage) {
     if (stage < last) {
-      Element* to = wide + stage % STAGES * WIDE_STAGE;
-      i64 d0 = (i64)stage * DEPTH;
+      int depth_left = (int)(depth - (i64)stage * DEPTH) - c0;
+      Element* to = wide + stage % STAGES * WIDE_STAGE + r0 * PITCH + c0;
 #pragma unroll
-      for (int i = threadIdx.x; i < WIDE * (DEPTH / 8); i += THREADS) {
-        int r = i / (DEPTH / 8), c = i % (DEPTH / 8) * 8;
-        bool there = row0 + r < rows && d0 + c < depth;
-        copy_async(to + r * PITCH + c, there ? x + (row0 + r) * x_pitch + d0 + c : x, there);
+      for (int k = 0; k < WIDE / (THREADS / 8); k++) {
+        bool there = k * (THREADS / 8) < rows_left && depth_left > 0;
+        copy_async(to + k * (THREADS / 8) * PITCH, from + k * (THREADS / 8) * x_pitch, there);
       }
+      from += DEPTH;
       to = narrow_side + stage % STAGES * NARROW_STAGE;
 #if ACROSS
+      int m_left = (int)(depth - (i64)stage * DEPTH) - mr;
+      if (mr < ACROSS_APART)
 #pragma unroll
-      for (int i = threadIdx.x; i < DEPTH * (NARROW / 8); i += THREADS) {
-        int r = i / (NARROW / 8), c = i % (NARROW / 8) * 8;
-        bool there = d0 + r < depth && c < columns;
-        copy_async(to + r * NARROW_PITCH + c, there ? m + (d0 + r) * m_pitch + c : m, there);
-      }
+        for (int k = 0; k < (DEPTH + ACROSS_APART - 1) / ACROSS_APART; k++) {
+          if (mr + k * ACROSS_APART >= DEPTH) break;
+          bool there = m_works && k * ACROSS_APART < m_left;
+          copy_async(to + (mr + k * ACROSS_APART) * NARROW_PITCH + mc, m_from + k * ACROSS_APART * m_pitch, there);
+        }
+      m_from += DEPTH * m_pitch;
 #else
 #pragma unroll
-      for (int i = threadIdx.x; i < NARROW * (DEPTH / 8); i += THREADS) {
-        int r = i / (DEPTH / 8), c = i % (DEPTH / 8) * 8;
-        bool there = r < columns && d0 + c < depth;
-        copy_async(to + r * PITCH + c, there ? m + r * m_pitch + d0 + c : m, there);
+      for (int k = 0; k < (NARROW + THREADS / 8 - 1) / (THREADS / 8); k++) {
+        int r = r0 + k * (THREADS / 8);
+        if (r >= NARROW) break;
+        bool there = r < columns && depth_left > 0;
+        copy_async(to + r * PITCH + c0, m_from + k * (THREADS / 8) * m_pitch, there);
       }
+      m_from += DEPTH;
 #endif
     }
     commit_copies();
@@ -158,22 +175,32 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   int stages = (int)((tokens + DEPTH - 1) / DEPTH), pairs = (job.columns + 15) / 16, parts = gridDim.y;
   int first = (int)((i64)stages * blockIdx.y / parts), last = (int)((i64)stages * (blockIdx.y + 1) / parts);
 
+  // A thread copies the same columns of rows that are so far apart; likewise of z.
+  const int APART = THREADS / (WIDE / 8), Z_APART = THREADS / (NARROW / 8);
+  int r0 = threadIdx.x / (WIDE / 8), c0 = threadIdx.x % (WIDE / 8) * 8;
+  int zr = threadIdx.x / (NARROW / 8), zc = threadIdx.x % (NARROW / 8) * 8;
+  bool y_works = c0 < job.features, z_works = zc < job.columns;
+  const Element* y_from = job.y + ((i64)first * DEPTH + r0) * job.y_pitch + c0;
+  const Element* z_from = job.z + ((i64)first * DEPTH + zr) * job.z_pitch + zc;
   auto load = [&](int stage) {
     if (stage < last) {
-      i64 t0 = (i64)stage * DEPTH;
-      Element* to = wide + stage % STAGES * WIDE_STAGE;
+      int left = (int)(tokens - (i64)stage * DEPTH);
+      Element* to = wide + stage % STAGES * WIDE_STAGE + r0 * WIDE_PITCH + c0;
 #pragma unroll
-      for (int i = threadIdx.x; i < DEPTH * (WIDE / 8); i += THREADS) {
-        int r = i / (WIDE / 8), c = i % (WIDE / 8) * 8;
-        bool there = t0 + r < tokens && c < job.features;
-        copy_async(to + r * WIDE_PITCH + c, there ? job.y + (t0 + r) * job.y_pitch + c : job.y, there);
+      for (int k = 0; k < DEPTH / APART; k++) {
+        bool there = y_works && r0 + k * APART < left;
+        copy_async(to + k * APART * WIDE_PITCH, y_from + (i64)k * APART * job.y_pitch, there);
       }
-      to = narrow_side + stage % STAGES * NARROW_STAGE;
-      for (int i = threadIdx.x; i < DEPTH * 2 * pairs; i += THREADS) {
-        int r = i / (2 * pairs), c = i % (2 * pairs) * 8;
-        bool there = t0 + r < tokens && c < job.columns;
-        copy_async(to + r * NARROW_PITCH + c, there ? job.z + (t0 + r) * job.z_pitch + c : job.z, there);
-      }
+      y_from += (i64)DEPTH * job.y_pitch;
+      to = narrow_side + stage % STAGES * NARROW_STAGE + zr * NARROW_PITCH + zc;
+      if (zr < Z_APART && zc < 16 * pairs)
+#pragma unroll
+        for (int k = 0; k < (DEPTH + Z_APART - 1) / Z_APART; k++) {
+          if (zr + k * Z_APART >= DEPTH) break;
+          bool there = z_works && zr + k * Z_APART < left;
+          copy_async(to + k * Z_APART * NARROW_PITCH, z_from + (i64)k * Z_APART * job.z_pitch, there);
+        }
+      z_from += (i64)DEPTH * job.z_pitch;
     }
     commit_copies();
   };

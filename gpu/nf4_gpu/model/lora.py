@@ -17,7 +17,7 @@ SOURCE = "model/lora.cu"
 NARROWEST = 64  # columns up to which the kernels of lora.cu are used; wider ones are cuBLAS's
 TILES = {4: 64, 8: 128}  # rows, or features, of a thread block of so many warps
 _STAGES, _DEPTH = 4, 64  # as there
-_RESIDENT = {4: 3, 8: 2}  # thread blocks that a processor is given
+_RESIDENT, _WAVES = {4: 3, 8: 2}, 2  # thread blocks that a processor has at a time, and how often
 GRADIENT = np.dtype(
     [("y", "<u8"), ("z", "<u8"), ("out", "<u8"), ("feature_stride", "<i8"), ("rank_stride", "<i8")]
     + [(name, "<i4") for name in ("y_pitch", "z_pitch", "features", "columns", "slot", "ranks")]
@@ -35,7 +35,7 @@ class Space:
 
 def space_bytes(processors: int, blocks: int) -> tuple[int, int]:
     """Return the bytes of partial sums and of counters for launches of up to so many thread blocks of a part."""
-    most = max(_RESIDENT[warps] * tile for warps, tile in TILES.items()) * processors
+    most = _WAVES * max(_RESIDENT[warps] * tile for warps, tile in TILES.items()) * processors
     return most * NARROWEST * 4, blocks * 4
 
 
@@ -46,7 +46,8 @@ def warps_for(wide: int, processors: int) -> int:
 
 def parts_for(blocks: int, stages: int, processors: int, warps: int) -> int:
     """Return the parts that the sums of so many thread blocks are made in, side by side."""
-    return max(1, min(_RESIDENT[warps] * processors // blocks, stages // _STAGES))
+    wanted = _WAVES * _RESIDENT[warps] * processors // blocks
+    return max(1, min(wanted, stages // _STAGES))
 
 
 def project(

@@ -85,6 +85,10 @@ inline void wait_copies() {
   }
 }
 
+inline u32 multiply_pairs(u32 a, u32 b) {
+  return (u32)narrow(bf16_at(a, 1) * bf16_at(b, 1)) << 16 | narrow(bf16_at(a, 0) * bf16_at(b, 0));
+}
+
 inline float power_of_two(float x) { return exp2f(x); }
 inline float quick_reciprocal(float x) { return 1 / x; }
 inline float quick_rsqrt(float x) { return 1 / sqrtf(x); }
