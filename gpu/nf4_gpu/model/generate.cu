@@ -10,6 +10,7 @@
 #if KIND == 0
 #define GROUP_ROWS 16  // that a thread block takes at a time, each warp a part of the columns
 #define SPAN 128       // columns that a warp takes at a time
+#define RING 4         // spans that are on their way
 #else
 #define PER_WARP 4     // rows of a warp
 #define GROUP_ROWS (PER_WARP * WARPS)
@@ -140,89 +141,146 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     }
     return;
   }
+  int group = blockIdx.x - narrow_rows, stride = gridDim.x - narrow_rows;
+  auto job_of = [&](int of) {
+    int number = 0;
+    while (number + 1 < count && jobs[number + 1].first <= of) number++;
+    return jobs + number;
+  };
+  auto wait_for_z = [&] {
+    while (*(volatile u32*)ready < (u32)narrow_rows) {
+    }
+    __threadfence();
+  };
+  auto factor_of_b = [&](const Rows& job, int row, int rank) {
+    i64 at = (i64)row * job.ranks + rank;
+    float b = job.wide ? ((const float*)job.b)[at] : widen(((const Element*)job.b)[at]);
+    return widen(narrow(b * job.scale));  // B meets z in bfloat16, as in training
+  };
 #if KIND == 0
+  // The tensor cores take 16 rows by 16 columns; which columns is free, as long as the vector is read alike. A lane reads 32
+  // neighbours of two rows, and all columns of the result are the same. What it reads is copied ahead to memory of its own.
   u32* table = (u32*)(xs + padded);  // [256][32], a copy in each bank: a byte's two values, the first in the low half
+  u8* ring = (u8*)(table + 256 * 32) + warp * (RING * 1024) + lane * 16;
   __shared__ float map[256], parts[2][WARPS][GROUP_ROWS];
+  int quad = lane % 4, spans = (columns + SPAN * WARPS - 1) / (SPAN * WARPS);  // of a warp, in a group of rows
+  bool mapped = jobs[0].map != nullptr;                                       // as of all the jobs
+
+  int next_group = group, next_span = 0, block_shift = 0, nested_shift = 0;  // of what is copied next
+  const u8 *codes = nullptr, *absmax = nullptr;
+  const float* nested = nullptr;
+  float offset = 0.f;
+  i64 row_at[2] = {};
+  u32 scale_codes[RING][2];
+  float scales[RING][2], offsets[RING];
+  auto enter = [&] {
+    if (next_group >= groups) return;
+    const Rows& job = *job_of(next_group);
+    int row = (next_group - job.first) * GROUP_ROWS + lane / 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) row_at[i] = (i64)min(row + 8 * i, job.rows - 1) * pitch + quad * 32;
+    codes = (const u8*)job.from, absmax = (const u8*)job.absmax, nested = job.nested_absmax;
+    block_shift = job.block_shift, nested_shift = job.nested_shift;
+    offset = mapped ? *job.offset : 0.f;
+  };
+  auto fetch = [&](int slot) {
+    if (next_group < groups) {
+      int c = (next_span * WARPS + warp) * SPAN;
+      bool there = c + quad * 32 < columns;
+      offsets[slot] = offset;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        copy_async(ring + slot * 1024 + i * 512, codes + (row_at[i] + c) / 2, there);
+        scale_codes[slot][i] = 0, scales[slot][i] = 0.f;
+        i64 block = (row_at[i] + c) >> block_shift;
+        if (there && mapped) {
+          scale_codes[slot][i] = __ldg(absmax + block);
+          scales[slot][i] = __ldg(nested + (block >> nested_shift));
+        } else if (there)
+          scales[slot][i] = __ldg((const float*)absmax + block);
+      }
+      if (++next_span == spans) {
+        next_span = 0, next_group += stride;
+        enter();
+      }
+    }
+    commit_copies();
+  };
+  enter();
+#pragma unroll
+  for (int i = 0; i < RING - 1; i++) fetch(i);
   float value = jobs[0].values[lane % 16];
 #pragma unroll 4
   for (int byte = warp; byte < 256; byte += WARPS)
     table[byte * 32 + lane] = narrow_pair(__shfl_sync(~0u, value, byte >> 4), __shfl_sync(~0u, value, byte & 15));
-  if (jobs[0].map) map[threadIdx.x] = jobs[0].map[threadIdx.x];
-#endif
+  if (mapped) map[threadIdx.x] = jobs[0].map[threadIdx.x];
   prepare(xs, x, columns, weight, eps);
   __syncthreads();
-  int turn = 0;
-#pragma unroll 1
-  for (int group = blockIdx.x - narrow_rows; group < groups; group += gridDim.x - narrow_rows, turn ^= 1) {
-    int number = 0;
-    while (number + 1 < count && jobs[number + 1].first <= group) number++;
-    const Rows job = jobs[number];
-    int row0 = (group - job.first) * GROUP_ROWS;
-#if KIND == 0
-    // The tensor cores take 16 rows by 16 columns; which columns is free, as long as the vector is read alike. A lane reads 32
-    // neighbours of two rows, and all columns of the result are the same.
-    int quad = lane % 4, near = row0 + lane / 4, far = near + 8;
-    const u8* codes = (const u8*)job.from;
-    i64 near_at = (i64)min(near, job.rows - 1) * pitch + quad * 32, far_at = (i64)min(far, job.rows - 1) * pitch + quad * 32;
-    float offset = job.map ? *job.offset : 0.f;
-    float sum[4] = {};
-    const char* mine = (const char*)(table + lane);
-#pragma unroll 2
-    for (int c = warp * SPAN; c < padded; c += WARPS * SPAN) {
-      bool there = c + quad * 32 < columns;
-      uint4 zero = make_uint4(0, 0, 0, 0);
-      uint4 first = there ? __ldcs((const uint4*)(codes + (near_at + c) / 2)) : zero;
-      uint4 second = there ? __ldcs((const uint4*)(codes + (far_at + c) / 2)) : zero;
-      u32 scales[2];
+
+  int turn = 0, span = 0;
+  float sum[4] = {};
+  const char* mine = (const char*)(table + lane);
+  while (group < groups)
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        i64 block = ((i ? far_at : near_at) + c) >> job.block_shift;
-        float absmax = 0.f;
-        if (there)
-          absmax = job.map ? map[__ldg((const u8*)job.absmax + block)] * __ldg(job.nested_absmax + (block >> job.nested_shift)) + offset
-                           : __ldg((const float*)job.absmax + block);
-        scales[i] = narrow_pair(absmax, absmax);
-      }
-      u32 w[2][4] = {{first.x, first.y, first.z, first.w}, {second.x, second.y, second.z, second.w}};
+    for (int slot = 0; slot < RING; slot++) {
+      if (group >= groups) break;
+      fetch((slot + RING - 1) % RING);
+      wait_copies<RING - 1>();
+      int c = (span * WARPS + warp) * SPAN;
+      if (c < padded) {
+        uint4 first = *(const uint4*)(ring + slot * 1024), second = *(const uint4*)(ring + slot * 1024 + 512);
+        u32 w[2][4] = {{first.x, first.y, first.z, first.w}, {second.x, second.y, second.z, second.w}}, factors[2];
 #pragma unroll
-      for (int part = 0; part < 4; part++) {
-        uint4 v = *(const uint4*)(xs + ((c / 128 * 4 + part) * 4 + quad) * 8);
+        for (int i = 0; i < 2; i++) {
+          float factor = mapped ? map[scale_codes[slot][i]] * scales[slot][i] + offsets[slot] : scales[slot][i];
+          factors[i] = narrow_pair(factor, factor);
+        }
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          u32 a[4];
+        for (int part = 0; part < 4; part++) {
+          uint4 v = *(const uint4*)(xs + ((c / 128 * 4 + part) * 4 + quad) * 8);
 #pragma unroll
-          for (int i = 0; i < 4; i++) {
-            int shift = (half * 2 + i / 2) * 8 - 7;  // to 128 times the byte, where its row of the table begins
-            u32 word = w[i % 2][part], row = (shift < 0 ? word << -shift : word >> shift) & 0x7f80;
-            a[i] = multiply_pairs(*(const u32*)(mine + row), scales[i % 2]);
+          for (int half = 0; half < 2; half++) {
+            u32 a[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              int by = (half * 2 + i / 2) * 8 - 7;  // to 128 times the byte, where its row of the table begins
+              u32 word = w[i % 2][part], row = (by < 0 ? word << -by : word >> by) & 0x7f80;
+              a[i] = multiply_pairs(*(const u32*)(mine + row), factors[i % 2]);
+            }
+            multiply_add(sum, a, half ? v.z : v.x, half ? v.w : v.y);
           }
-          multiply_add(sum, a, half ? v.z : v.x, half ? v.w : v.y);
         }
       }
-    }
-    if (quad == 0) parts[turn][warp][lane / 4] = sum[0], parts[turn][warp][lane / 4 + 8] = sum[2];
-    __syncthreads();
-    if (threadIdx.x >= GROUP_ROWS) continue;
-    int row = row0 + threadIdx.x;
-    float out = 0.f;
+      if (++span < spans) continue;
+      // The group is done: the warps' parts are added up in order.
+      if (quad == 0) parts[turn][warp][lane / 4] = sum[0], parts[turn][warp][lane / 4 + 8] = sum[2];
+      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
+      __syncthreads();
+      if (threadIdx.x < GROUP_ROWS) {
+        const Rows& job = *job_of(group);
+        int row = (group - job.first) * GROUP_ROWS + threadIdx.x;
+        float out = 0.f;
 #pragma unroll
-    for (int i = 0; i < WARPS; i++) out += parts[turn][i][threadIdx.x];
-    if (row >= job.rows) continue;
-    if (job.b) {
-      while (*(volatile u32*)ready < (u32)narrow_rows) {
+        for (int i = 0; i < WARPS; i++) out += parts[turn][i][threadIdx.x];
+        if (row < job.rows) {
+          if (job.b) {
+            wait_for_z();
+            for (int rank = 0; rank < job.ranks; rank++) out += factor_of_b(job, row, rank) * __ldcg(z + job.start + rank);
+          }
+          if (job.bias) out += widen(job.bias[row]);
+          job.y[row] = add ? job.y[row] + out : out;
+        }
       }
-      __threadfence();
-      float adapted = 0.f;
-      for (int rank = 0; rank < job.ranks; rank++) {
-        i64 at = (i64)row * job.ranks + rank;
-        float b = (job.wide ? ((const float*)job.b)[at] : widen(((const Element*)job.b)[at])) * job.scale;
-        adapted += widen(narrow(b)) * __ldcg(z + job.start + rank);
-      }
-      out += adapted;
+      span = 0, turn ^= 1, group += stride;
     }
-    if (job.bias) out += widen(job.bias[row]);
-    job.y[row] = add ? job.y[row] + out : out;
+  wait_copies<0>();
 #else
+  prepare(xs, x, columns, weight, eps);
+  __syncthreads();
+#pragma unroll 1
+  for (; group < groups; group += stride) {
+    const Rows job = *job_of(group);
+    int row0 = (group - job.first) * GROUP_ROWS;
     float sum[PER_WARP] = {};
     row0 += warp * PER_WARP;
 #pragma unroll 1
@@ -250,16 +308,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       }
     }
     if (job.b && row0 < job.rows) {
-      while (*(volatile u32*)ready < (u32)narrow_rows) {
-      }
-      __threadfence();
+      wait_for_z();
 #pragma unroll
       for (int r = 0; r < PER_WARP; r++)
-        for (int rank = lane; rank < job.ranks; rank += 32) {
-          i64 at = (i64)min(row0 + r, job.rows - 1) * job.ranks + rank;
-          float b = (job.wide ? ((const float*)job.b)[at] : widen(((const Element*)job.b)[at])) * job.scale;
-          sum[r] += widen(narrow(b)) * __ldcg(z + job.start + rank);
-        }
+        for (int rank = lane; rank < job.ranks; rank += 32)
+          sum[r] += factor_of_b(job, min(row0 + r, job.rows - 1), rank) * __ldcg(z + job.start + rank);
     }
 #pragma unroll
     for (int r = 0; r < PER_WARP; r++) {
@@ -271,8 +324,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       if (job.bias) out += widen(job.bias[row]);
       job.y[row] = add ? job.y[row] + out : out;
     }
-#endif
   }
+#endif
   if (narrow_rows == 0) return;
   __syncthreads();
   if (threadIdx.x == 0 && atomicInc(ready + 1, gridDim.x - narrow_rows - 1) == gridDim.x - narrow_rows - 1) *ready = 0;

@@ -25,7 +25,8 @@ _CODES, _BF16 = range(2)  # KIND
 _PLAIN, _NORM, _SWIGLU = range(3)  # PROLOGUE
 _GROUP = {_CODES: 16, _BF16: 32}  # rows that a thread block takes at a time
 _SPAN = {_CODES: 128, _BF16: 1024}  # columns that the vector is padded to
-_THREADS, _RESIDENT = 256, {_CODES: 3, _BF16: 2}
+_THREADS, _RESIDENT = 256, {_CODES: 2, _BF16: 2}
+_CODES_BYTES = (32 << 10) + (32 << 10)  # of shared memory: the table, and what is copied ahead
 _PARTS = 16  # of the positions that attention takes side by side
 _BLOCKS = 128  # of take_likeliest
 _LOG2E = 1.4426950408889634
@@ -298,7 +299,7 @@ class Decoder:
         add: bool = False,
     ) -> None:
         kind = launch.kind
-        shared = round_up(columns, _SPAN[kind]) * 2 + (32 << 10 if kind == _CODES else 0)
+        shared = round_up(columns, _SPAN[kind]) * 2 + (_CODES_BYTES if kind == _CODES else 0)
         grid = launch.narrow + min(launch.groups, _RESIDENT[kind] * self._device.processors)
         self._device.launch(
             SOURCE,

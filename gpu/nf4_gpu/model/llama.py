@@ -633,11 +633,13 @@ class Network:
     def _backward_all(self, shape: Pass) -> None:
         depth = len(self.layers)
         order = list(reversed(range(self.bottom, depth)))
-        visits = [(i, part) for i in order for part in (("mlp", "attention") if i in self._own else PARTS)]
+        # What the forward pass left in the memory that layers share is that of the last of them.
+        there = {*self._own, self._first_kept - 1}
+        visits = [(i, part) for i in order for part in (("mlp", "attention") if i in there else PARTS)]
         self._ahead = Ahead(self._device, self.weights, visits)
         for i in order:
             kept = self._kept(i).rows(shape.tokens)
-            if i not in self._own:
+            if i not in there:
                 self._attention_forward(i, self._xs[i].part(slice(0, shape.tokens)), kept, shape, True, again=True)
                 self._mlp_forward(i, None, kept, shape, True)
             self._layer_backward(i, kept, shape)
