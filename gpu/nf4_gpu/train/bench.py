@@ -14,6 +14,8 @@ from typing import Any
 import cupy
 import numpy as np
 from nf4.bench import machine
+from nf4.errors import InputError
+from nf4.floats import BFLOAT16
 from nf4.formats.peft import linear_shapes
 from nf4.lora import LoRA, init_lora
 from nf4.model.config import LlamaConfig
@@ -76,6 +78,8 @@ def run(against: str | None, only: str | None = None) -> dict[str, Any]:
         machine.require(PEER_PACKAGES, f"nf4 bench train --device cuda --against {against}")
     ours: dict[str, Any] = {}
     theirs: dict[str, Any] = {}
+    if only is not None and only not in CONFIGS:
+        raise InputError(f"--model {only}: on cuda the models measured are {', '.join(CONFIGS)}")
     for model in CONFIGS:
         if only not in (None, model):
             continue
@@ -88,7 +92,11 @@ def run(against: str | None, only: str | None = None) -> dict[str, Any]:
         if name == "ceilings":
             continue
         peer = theirs.get(name) or theirs.get(name.partition(", within")[0] + ", checkpointing")
-        results.append({"row": name, "nf4": found, against or "peer": peer})
+        if "operations" in found:
+            rates = ours["ceilings"]
+            by_products = found["operations"] / rates["product_operations_per_second"]
+            found["floor_seconds"] = by_products + found["bytes"] / rates["copy_bytes_per_second"]
+        results.append({"row": name, "nf4": found} | ({against: peer} if against else {}))
     properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     return {
         "benchmark": "train on cuda",
@@ -200,10 +208,9 @@ def ceilings() -> dict[str, float]:
     size = 2 << 30
     first, second = device.allocate(size), device.allocate(size)
     n = 8192
-    kind = np.dtype("bfloat16")
-    values = cupy.random.standard_normal((3 * n, n), dtype=cupy.float32).astype(kind)
+    values = cupy.random.standard_normal((3 * n, n), dtype=cupy.float32).astype(BFLOAT16)
     a, b, c = (
-        Matrix(values.data.ptr + i * n * n * 2, n, n, n, kind) for i in range(3)
+        Matrix(values.data.ptr + i * n * n * 2, n, n, n, BFLOAT16) for i in range(3)
     )
 
     def once() -> None:

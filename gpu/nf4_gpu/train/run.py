@@ -16,7 +16,7 @@ from nf4.train.finetune import ADAPTER_DTYPES, FinetuneOptions
 
 from nf4_gpu.arena import Arena
 from nf4_gpu.device import Cuda, Device
-from nf4_gpu.model.generate import Decoder
+from nf4_gpu.model.generate import Decoder, generate
 from nf4_gpu.model.llama import check_supported
 from nf4_gpu.model.weights import AdapterShape, Form
 from nf4_gpu.train import plan as planning
@@ -152,3 +152,5 @@ def _gpu() -> tuple[int, int, int, int]:
     free, _ = cupy.cuda.runtime.memGetInfo()
     return int(free), processors(number), found, shared_memory(number)
 
+
+__all__ = ["check_plan", "decoder", "engine", "evaluate", "generate", "settings_of", "stored_forms"]

@@ -30,7 +30,7 @@ from nf4.nested import NestedAbsmax
 from nf4.tensor import QuantizedTensor
 from nf4.train import snapshot
 from nf4.train.data import IGNORE, Data, Example, evenly, load_data, ordering
-from nf4.train.engine import FastEngine
+from nf4.train.engine import Engine, FastEngine
 from nf4.train.log import NAME as LOG
 from nf4.train.log import PICTURE, TrainingLog, draw
 from nf4.train.schedule import SCHEDULES, learning_rate
@@ -38,10 +38,12 @@ from nf4.train.schedule import SCHEDULES, learning_rate
 BEST = "best"
 """The folder, in the output directory, of the result with the lowest held-out loss."""
 
+DEVICES = ("cpu", "cuda")
+
 ADAPTER_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 _SAMPLE_PROMPT = 32  # tokens of held-out text that the samples go on from
-_SAMPLE_CHARACTERS = 200
+SAMPLE_TOKENS = 200  # and characters, at most
 _SAMPLE_SECONDS = 10.0  # a large model says less
 _FREE = (
     "model",
@@ -51,12 +53,18 @@ _FREE = (
     "steps",
     "save_every",
     "resume",
+    "keep_layers",
+    "optimizer_budget",
+    "weights_budget",
 )  # may change when a run resumes
 
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """Everything a run depends on; the defaults are those of the command line. seq_len is in tokens."""
+    """Everything a run depends on; the defaults are those of the command line.
+
+    seq_len is in tokens, budgets in bytes.
+    """
 
     model: str
     data: str
@@ -83,6 +91,10 @@ class FinetuneOptions:
     group_by_length: bool = False
     loss_on: str = "completion"
     checkpointing: bool = False
+    device: str = "cpu"
+    keep_layers: int = 0
+    optimizer_budget: int | None = None
+    weights_budget: int | None = None
     seed: int = 0
     threads: int | None = None
     eval_every: int = 50
@@ -95,7 +107,7 @@ class FinetuneOptions:
         least: dict[str, float] = {
             "steps": 1, "rank": 1, "batch_size": 1, "seq_len": 1, "grad_accum": 1, "threads": 1,
             "save_every": 1, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "dropout": 0, "seed": 0,
-            "eval_every": 0, "eval_sequences": 0,
+            "eval_every": 0, "eval_sequences": 0, "keep_layers": 0, "optimizer_budget": 1, "weights_budget": 1,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
@@ -109,11 +121,16 @@ class FinetuneOptions:
         if self.seed >= 1 << 64:
             raise InputError(f"--seed {self.seed}: it must be below 2^64")
         choices: dict[str, Any] = {
-            "codebook": CODEBOOKS, "schedule": SCHEDULES, "adapter_dtype": ADAPTER_DTYPES
+            "codebook": CODEBOOKS, "schedule": SCHEDULES, "adapter_dtype": ADAPTER_DTYPES, "device": DEVICES
         }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{_flag(name)} {getattr(self, name)}: it is one of {', '.join(known)}")
+        for name, without in (("keep_layers", 0), ("optimizer_budget", None), ("weights_budget", None)):
+            if self.device == "cpu" and getattr(self, name) != without:
+                raise InputError(f"{_flag(name)} is for --device cuda; leave it away")
+        if self.keep_layers and not self.checkpointing:
+            raise InputError("--keep-layers is for --checkpointing; without it all layers are kept")
         for target in self.targets:
             if target not in TARGETS:
                 raise InputError(
@@ -198,6 +215,10 @@ def finetune(options: FinetuneOptions, report: Report | None = None) -> Finetune
     ):
         if count:
             report.note(f"{count} of {total} examples {what}")
+    if options.device == "cuda":
+        from nf4.train.gpu import gpu
+
+        report.note(gpu().check_plan(source, config, options, _longest(data), SAMPLE_TOKENS))
     report.note(f"loading {options.model} in {options.codebook}, block {options.block_size}")
     quantized = QuantizeOptions(options.block_size, options.codebook, options.double_quant)
     base = load_model(source, quantize=quantized)
@@ -293,8 +314,38 @@ def train_loop(
     options comes from prepare_output. Without a tokenizer no samples are drawn. The result, by save, goes to
     options.out, and the best by held-out loss to its folder best/.
     """
-    loop = _Loop(model, tokenizer, data, options, train, save, report)
-    return loop.run()
+    engine = _engine(model, data, options, train)
+    loop = _Loop(model, tokenizer, data, options, train, save, report, engine)
+    result = loop.run()
+    for remark in engine.remarks():
+        report.note(remark)
+    return result
+
+
+def _engine(model: Llama, data: Data, options: FinetuneOptions, train: Literal["lora", "full"]) -> Engine:
+    """Return what makes the run's steps."""
+    if options.device == "cuda":
+        from nf4.train.gpu import gpu
+
+        if train == "full":
+            raise InputError("--device cuda trains adapters; training in full runs on the CPU")
+        engine: Engine = gpu().engine(model, options, _longest(data), SAMPLE_TOKENS)
+        return engine
+    return FastEngine(
+        model,
+        train,
+        batch_size=options.batch_size,
+        max_grad_norm=options.max_grad_norm,
+        weight_decay=options.weight_decay,
+        checkpointing=options.checkpointing,
+        seed=options.seed,
+        threads=options.threads or parallel.worker_threads(),
+    )
+
+
+def _longest(data: Data) -> int:
+    """Return the tokens of the longest example."""
+    return max(len(example) for example in (*data.train, *data.heldout))
 
 
 class _Loop:
@@ -309,6 +360,7 @@ class _Loop:
         train: Literal["lora", "full"],
         save: SavesTo,
         report: Report,
+        engine: Engine,
     ) -> None:
         self.model, self.tokenizer, self.data, self.options = model, tokenizer, data, options
         self.train, self.save, self.report = train, save, report
@@ -316,16 +368,7 @@ class _Loop:
         self.checkpoint = self.out / snapshot.NAME
         self.heldout = evenly(data.heldout, options.eval_sequences)
         self.identity = _identity(model, data, options, train)
-        self.engine = FastEngine(
-            model,
-            train,
-            batch_size=options.batch_size,
-            max_grad_norm=options.max_grad_norm,
-            weight_decay=options.weight_decay,
-            checkpointing=options.checkpointing,
-            seed=options.seed,
-            threads=options.threads or parallel.worker_threads(),
-        )
+        self.engine = engine
         self.progress = snapshot.Progress()
         self.saved_step = 0
 
@@ -485,9 +528,9 @@ class _Loop:
         ids: list[int] = []
         text, began = "", time.monotonic()
         for token in generate(
-            self.model,
+            self.engine.language_model,
             prompt,
-            max(0, min(room, _SAMPLE_CHARACTERS)),
+            max(0, min(room, SAMPLE_TOKENS)),
             temperature=0.8,
             top_p=0.95,
             seed=self.options.seed,
@@ -495,7 +538,7 @@ class _Loop:
         ):
             ids.append(token)
             text = self.tokenizer.decode(ids)
-            if len(text) >= _SAMPLE_CHARACTERS or time.monotonic() - began > _SAMPLE_SECONDS:
+            if len(text) >= SAMPLE_TOKENS or time.monotonic() - began > _SAMPLE_SECONDS:
                 break
         return self.tokenizer.decode(prompt), text
 
