@@ -18,6 +18,41 @@ __device__ __forceinline__ u64 along_columns(u32 address, int rows) {
   return (u64)((address & 0x3ffff) >> 4) | (u64)(rows * 128 >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// Barriers in shared memory between threads that come and threads that wait: `count` have come, and the next phase begins.
+__device__ __forceinline__ void make_barrier(u64* barrier, u32 count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void come(u64* barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
+}
+// Until the phase of that number, counted from 0 on, is over; only its parity counts.
+__device__ __forceinline__ void wait_for_phase(u64* barrier, u32 phase) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@done bra over;\n"
+      "bra again;\n"
+      "over: }" ::"r"(shared_address(barrier)),
+      "r"(phase & 1)
+      : "memory");
+}
+
+// What a warpgroup gives back of its registers, or takes of those given back.
+template <int COUNT>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// A barrier of some of a thread block's threads, COUNT of them.
+template <int NUMBER, int COUNT>
+__device__ __forceinline__ void meet_some() {
+  asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(COUNT) : "memory");
+}
+
 // Before the first product after registers or shared memory were written; after the last of a group; until at most PENDING
 // groups run.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -1,15 +1,20 @@
 // attention.cu's three kernels for heads of 64 and 128 on compute capability 9.0 (sm_90a), where the products of a warpgroup run
-// beside what its threads do: 128 queries or keys a thread block, 64 a warpgroup.
+// beside what its threads do: 128 queries or keys a thread block, 64 each of two warpgroups, which a third one supplies.
 // Defines: DTYPE (BFLOAT16); DIM (64, 128); SHARED (0, 1), as there. Fused multiply-adds: nothing here is exact.
 #include "warpgroup.cuh"
 
-#define THREADS 256
-#define ROWS 128     // queries, or keys, of a thread block
-#define KEYS 128     // at a time, forward
-#define BESIDE 64    // keys or queries at a time, backward
+#define THREADS 384
+#define SUPPLIERS 128  // threads, the first of a block
+#define WORKERS 256    // the others
+#define ROWS 128       // queries, or keys, of a thread block
+#define KEYS 128       // at a time, forward
+#define BESIDE 64      // keys or queries at a time, backward
+#define TURNS 2        // tiles of keys, and of values, that take turns forward
+#define BACK_TURNS 3   // pairs of tiles that take turns backward
 #define LOWEST -3e38f
 #define TILE_BYTES (ROWS * DIM * 2)
 #define PART_BYTES (BESIDE * DIM * 2)
+#define WARPS_OF_WORKERS (WORKERS / 32)
 
 // Of a sequence that begins at row `start` of the batch and has `length` rows: those from `first` on.
 struct Tile {
@@ -18,21 +23,34 @@ struct Tile {
 
 __device__ __forceinline__ u8* aligned(u8* memory) { return memory + (-shared_address(memory) & 1023); }
 
-// Rows first.. of a head, [rows, DIM] at x, into shared memory; zeros beyond `length`. A thread's rows are so far apart that
+// Rows first.. of a head, [rows, DIM] at x, into shared memory; zeros beyond `length`. A supplier's rows are so far apart that
 // their parts are swizzled alike.
 template <int COUNT>
 __device__ __forceinline__ void load_rows(u8* to, const Element* x, i64 pitch, int first, int length) {
-  const int APART = THREADS / (DIM / 8);
+  const int APART = SUPPLIERS / (DIM / 8);
   static_assert(APART % 8 == 0 && COUNT % APART == 0, "");
   int r = threadIdx.x / (DIM / 8), c = threadIdx.x % (DIM / 8) * 8, left = length - first - r;
   const Element* from = x + (first + r) * pitch + c;
   to += swizzled(r, c, COUNT);
 #pragma unroll
   for (int k = 0; k < COUNT / APART; k++) {
-    bool there = k * APART < left;
-    copy_async(to + k * APART * 128, from, there);
+    copy_async(to + k * APART * 128, from, k * APART < left);
     from += APART * pitch;
   }
+}
+
+// Tells the workers that what a supplier copied, but for its last PENDING groups of copies, is there.
+template <int PENDING>
+__device__ __forceinline__ void supply(u64* full) {
+  wait_copies<PENDING>();
+  show_products();
+  come(full);
+}
+
+// Once a warp of workers has read what is to be overwritten.
+__device__ __forceinline__ void give_back(u64* empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) come(empty);
 }
 
 // d [64, N] = rows from `row` on of a matrix of A_ROWS rows times the transpose of one of N rows, over DIM.
@@ -77,16 +95,14 @@ __device__ __forceinline__ float quad_sum(float v) {
 // Scores to exponentials, and what the sums before are multiplied by.
 __device__ __forceinline__ void exponentiate(float (&s)[KEYS / 2], int key0, int query0, int window, bool masked, float scale,
                                              float (&top)[2], float (&sum)[2], float (&shrink)[2], int lane) {
+  if (masked)
+#pragma unroll
+    for (int i = 0; i < KEYS / 2; i++) {
+      int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2, query = query0 + i / 2 % 2 * 8;
+      if (key > query || (window && key + window <= query)) s[i] = LOWEST;
+    }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    int query = query0 + half * 8;
-    if (masked)
-#pragma unroll
-      for (int i = 0; i < KEYS / 2; i++)
-        if (i / 2 % 2 == half) {
-          int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2;
-          if (key > query || (window && key + window <= query)) s[i] = LOWEST;
-        }
     float most = top[half];
 #pragma unroll
     for (int i = 0; i < KEYS / 2; i++)
@@ -111,73 +127,92 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     attend(const Element* q, i64 q_pitch, const Element* k, i64 k_pitch, const Element* v, i64 v_pitch, const Tile* tiles,
            int group, int window, float scale, Element* out, i64 out_pitch, float* lse, i64 tokens) {
   DYNAMIC_SHARED(memory);
+  __shared__ u64 queries_full, keys_full[TURNS], keys_empty[TURNS], values_full[TURNS], values_empty[TURNS];
   u8* qs = aligned(memory);
-  u8* ks = qs + TILE_BYTES;      // two of keys
-  u8* vs = ks + 2 * TILE_BYTES;  // and of values
+  u8* ks = qs + TILE_BYTES;
+  u8* vs = ks + TURNS * TILE_BYTES;
   const Tile tile = tiles[blockIdx.x];
   if (tile.first >= tile.length) return;
-  int lane = threadIdx.x % 32, row = threadIdx.x / 128 * 64, head = blockIdx.y;
-  int query0 = tile.first + row + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  q += tile.start * q_pitch + head * DIM;
-  k += tile.start * k_pitch + head / group * DIM;
-  v += tile.start * v_pitch + head / group * DIM;
+  int head = blockIdx.y;
   int begin = window && tile.first >= window ? (tile.first - window + 1) / KEYS * KEYS : 0;
   int blocks = (min(tile.length, tile.first + ROWS) - begin + KEYS - 1) / KEYS;
   auto key_of = [&](int block) { return begin + (blocks - 1 - block) * KEYS; };
-  auto load = [&](u8* to, const Element* x, i64 pitch, int block) {
-    if (block < blocks) load_rows<KEYS>(to + block % 2 * TILE_BYTES, x, pitch, key_of(block), tile.length);
-  };
+  if (threadIdx.x == 0) {
+    make_barrier(&queries_full, SUPPLIERS);
+    for (int i = 0; i < TURNS; i++) {
+      make_barrier(keys_full + i, SUPPLIERS), make_barrier(values_full + i, SUPPLIERS);
+      make_barrier(keys_empty + i, WARPS_OF_WORKERS), make_barrier(values_empty + i, WARPS_OF_WORKERS);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x < SUPPLIERS) {
+    give_registers<40>();
+    q += tile.start * q_pitch + head * DIM;
+    k += tile.start * k_pitch + head / group * DIM;
+    v += tile.start * v_pitch + head / group * DIM;
+    load_rows<ROWS>(qs, q, q_pitch, tile.first, tile.length);
+    commit_copies();
+#pragma unroll 1
+    for (int block = 0; block < blocks; block++) {
+      int turn = block % TURNS;
+      if (block >= TURNS) wait_for_phase(keys_empty + turn, block / TURNS - 1);
+      load_rows<KEYS>(ks + turn * TILE_BYTES, k, k_pitch, key_of(block), tile.length);
+      commit_copies();
+      supply<1>(block == 0 ? &queries_full : values_full + (block - 1) % TURNS);
+      if (block >= TURNS) wait_for_phase(values_empty + turn, block / TURNS - 1);
+      load_rows<KEYS>(vs + turn * TILE_BYTES, v, v_pitch, key_of(block), tile.length);
+      commit_copies();
+      supply<1>(keys_full + turn);
+    }
+    supply<0>(values_full + (blocks - 1) % TURNS);
+    return;
+  }
+  take_registers<232>();
+  int worker = threadIdx.x - SUPPLIERS, lane = threadIdx.x % 32, row = __shfl_sync(~0u, worker / 128, 0) * 64;
+  int query0 = tile.first + row + worker % 128 / 32 * 16 + lane / 4;
   auto is_masked = [&](int key0) {
     return key0 + KEYS > tile.first + 1 || (window && key0 + window < tile.first + ROWS);
   };
-  load_rows<ROWS>(qs, q, q_pitch, tile.first, tile.length);
-  load(ks, k, k_pitch, 0);
-  commit_copies();
-  load(vs, v, v_pitch, 0);
-  load(ks, k, k_pitch, 1);
-  commit_copies();
   float o[DIM / 2] = {}, s[KEYS / 2], top[2] = {LOWEST, LOWEST}, sum[2] = {}, shrink[2];
   u32 p[KEYS / 4];
-  wait_copies<1>();
-  show_products();
-  __syncthreads();
+  wait_for_phase(&queries_full, 0);
+  wait_for_phase(keys_full, 0);
   begin_products();
   multiply_rows<ROWS, KEYS>(s, qs, row, ks);
   commit_products();
   wait_products<0>();
   hold(s);
+  give_back(keys_empty);
   exponentiate(s, key_of(0), query0, window, is_masked(key_of(0)), scale, top, sum, shrink, lane);
   as_factors(p, s);
 #pragma unroll 1
   for (int block = 0; block + 1 < blocks; block++) {
-    wait_copies<0>();
-    show_products();
-    __syncthreads();  // this block's values and the next one's keys are here; what was read before is free
-    load(vs, v, v_pitch, block + 1);
-    load(ks, k, k_pitch, block + 2);
-    commit_copies();
+    int turn = block % TURNS, next = (block + 1) % TURNS;
+    wait_for_phase(keys_full + next, (block + 1) / TURNS);
     hold(o);
     begin_products();
-    multiply_rows<ROWS, KEYS>(s, qs, row, ks + (block + 1) % 2 * TILE_BYTES);
+    multiply_rows<ROWS, KEYS>(s, qs, row, ks + next * TILE_BYTES);
     commit_products();
-    multiply_across<KEYS>(o, p, vs + block % 2 * TILE_BYTES);
+    wait_for_phase(values_full + turn, block / TURNS);
+    multiply_across<KEYS>(o, p, vs + turn * TILE_BYTES);
     commit_products();
     wait_products<1>();
     hold(s);
+    give_back(keys_empty + next);
     int key0 = key_of(block + 1);
     exponentiate(s, key0, query0, window, is_masked(key0), scale, top, sum, shrink, lane);
     wait_products<0>();
     hold(o);
+    give_back(values_empty + turn);
 #pragma unroll
     for (int i = 0; i < DIM / 2; i++) o[i] *= shrink[i / 2 % 2];
     as_factors(p, s);
   }
-  wait_copies<0>();
-  show_products();
-  __syncthreads();
+  int turn = (blocks - 1) % TURNS;
+  wait_for_phase(values_full + turn, (blocks - 1) / TURNS);
   hold(o);
   begin_products();
-  multiply_across<KEYS>(o, p, vs + (blocks - 1) % 2 * TILE_BYTES);
+  multiply_across<KEYS>(o, p, vs + turn * TILE_BYTES);
   commit_products();
   wait_products<0>();
   hold(o);
@@ -203,38 +238,53 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                             const Tile* tiles, int group, int window, float scale, Element* dq, i64 dq_pitch, float* delta,
                             i64 tokens) {
   DYNAMIC_SHARED(memory);
+  __shared__ u64 queries_full, full[BACK_TURNS], empty[BACK_TURNS];
+  __shared__ float deltas[ROWS];
   u8* qs = aligned(memory);
   u8* ds = qs + TILE_BYTES;
-  u8* kvs = ds + TILE_BYTES;  // two of keys and values
-  __shared__ float deltas[ROWS];
+  u8* kvs = ds + TILE_BYTES;
   const Tile tile = tiles[blockIdx.x];
   if (tile.first >= tile.length) return;
-  int lane = threadIdx.x % 32, row = threadIdx.x / 128 * 64, head = blockIdx.y;
-  int row0 = row + threadIdx.x % 128 / 32 * 16 + lane / 4;
-  q += tile.start * q_pitch + head * DIM;
-  k += tile.start * k_pitch + head / group * DIM;
-  v += tile.start * v_pitch + head / group * DIM;
-  out += tile.start * out_pitch + head * DIM;
-  dout += tile.start * dout_pitch + head * DIM;
-  lse += head * tokens + tile.start;
+  int head = blockIdx.y;
   int begin = window && tile.first >= window ? (tile.first - window + 1) / BESIDE * BESIDE : 0;
-  int end = min(tile.length, tile.first + ROWS);
-  auto load = [&](int key0) {
-    u8* to = kvs + (key0 - begin) / BESIDE % 2 * 2 * PART_BYTES;
-    if (key0 < end) {
-      load_rows<BESIDE>(to, k, k_pitch, key0, tile.length);
-      load_rows<BESIDE>(to + PART_BYTES, v, v_pitch, key0, tile.length);
-    }
+  int blocks = (min(tile.length, tile.first + ROWS) - begin + BESIDE - 1) / BESIDE;
+  dout += tile.start * dout_pitch + head * DIM;
+  if (threadIdx.x == 0) {
+    make_barrier(&queries_full, SUPPLIERS);
+    for (int i = 0; i < BACK_TURNS; i++) make_barrier(full + i, SUPPLIERS), make_barrier(empty + i, WARPS_OF_WORKERS);
+  }
+  __syncthreads();
+  if (threadIdx.x < SUPPLIERS) {
+    give_registers<40>();
+    q += tile.start * q_pitch + head * DIM;
+    k += tile.start * k_pitch + head / group * DIM;
+    v += tile.start * v_pitch + head / group * DIM;
+    load_rows<ROWS>(qs, q, q_pitch, tile.first, tile.length);
+    load_rows<ROWS>(ds, dout, dout_pitch, tile.first, tile.length);
     commit_copies();
-  };
-  load_rows<ROWS>(qs, q, q_pitch, tile.first, tile.length);
-  load_rows<ROWS>(ds, dout, dout_pitch, tile.first, tile.length);
-  load(begin);
+#pragma unroll 1
+    for (int block = 0; block < blocks; block++) {
+      int turn = block % BACK_TURNS;
+      u8* to = kvs + turn * 2 * PART_BYTES;
+      if (block >= BACK_TURNS) wait_for_phase(empty + turn, block / BACK_TURNS - 1);
+      load_rows<BESIDE>(to, k, k_pitch, begin + block * BESIDE, tile.length);
+      load_rows<BESIDE>(to + PART_BYTES, v, v_pitch, begin + block * BESIDE, tile.length);
+      commit_copies();
+      supply<1>(block == 0 ? &queries_full : full + (block - 1) % BACK_TURNS);
+    }
+    supply<0>(full + (blocks - 1) % BACK_TURNS);
+    return;
+  }
+  take_registers<232>();
+  int worker = threadIdx.x - SUPPLIERS, lane = threadIdx.x % 32, row = __shfl_sync(~0u, worker / 128, 0) * 64;
+  int row0 = row + worker % 128 / 32 * 16 + lane / 4;
+  out += tile.start * out_pitch + head * DIM;
+  lse += head * tokens + tile.start;
   {  // two threads a row
-    int r = threadIdx.x / 2, query = tile.first + r;
+    int r = worker / 2, query = tile.first + r;
     float dot = 0.f;
     if (query < tile.length)
-      for (int c = threadIdx.x % 2 * 8; c < DIM; c += 16) {
+      for (int c = worker % 2 * 8; c < DIM; c += 16) {
         uint4 a = *(const uint4*)(out + query * out_pitch + c), b = *(const uint4*)(dout + query * dout_pitch + c);
         u32 x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
@@ -243,12 +293,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  widen((Element)(x[i] >> 16)) * widen((Element)(y[i] >> 16));
       }
     dot += __shfl_xor_sync(~0u, dot, 1);
-    if (threadIdx.x % 2 == 0) {
+    if (worker % 2 == 0) {
       deltas[r] = dot;
       if (query < tile.length) delta[head * tokens + tile.start + query] = dot;
     }
   }
-  __syncthreads();
+  meet_some<1, WORKERS>();
   float row_delta[2], row_lse[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
@@ -258,38 +308,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   float sum[DIM / 2] = {}, s[BESIDE / 2], dp[BESIDE / 2];
   u32 factors[BESIDE / 4];
+  wait_for_phase(&queries_full, 0);
 #pragma unroll 1
-  for (int key0 = begin; key0 < end; key0 += BESIDE) {
-    wait_copies<0>();
-    show_products();
-    __syncthreads();  // these keys and values are here, and what was read before is free
-    load(key0 + BESIDE);
-    const u8* ks = kvs + (key0 - begin) / BESIDE % 2 * 2 * PART_BYTES;
+  for (int block = 0; block < blocks; block++) {
+    int turn = block % BACK_TURNS, key0 = begin + block * BESIDE;
+    const u8* ks = kvs + turn * 2 * PART_BYTES;
+    wait_for_phase(full + turn, block / BACK_TURNS);
     begin_products();
     multiply_rows<ROWS, BESIDE>(s, qs, row, ks);
+    commit_products();
     multiply_rows<ROWS, BESIDE>(dp, ds, row, ks + PART_BYTES);
     commit_products();
-    wait_products<0>();
+    wait_products<1>();
     hold(s);
-    hold(dp);
-    hold(sum);
-    if (key0 + BESIDE > tile.first + 1 || (window && key0 + window < tile.first + ROWS))
+    if (key0 + BESIDE > tile.first + row + 1 || (window && key0 + window < tile.first + ROWS))
 #pragma unroll
       for (int i = 0; i < BESIDE / 2; i++) {
         int key = key0 + i / 4 * 8 + lane % 4 * 2 + i % 2, query = tile.first + row0 + i / 2 % 2 * 8;
         if (key > query || (window && key + window <= query)) s[i] = LOWEST;
       }
 #pragma unroll
-    for (int i = 0; i < BESIDE / 2; i++) {
-      int half = i / 2 % 2;
-      s[i] = power_of_two(s[i] * scale - row_lse[half]) * (dp[i] - row_delta[half]);
-    }
+    for (int i = 0; i < BESIDE / 2; i++) s[i] = power_of_two(s[i] * scale - row_lse[i / 2 % 2]);
+    wait_products<0>();
+    hold(dp);
+    hold(sum);
+#pragma unroll
+    for (int i = 0; i < BESIDE / 2; i++) s[i] *= dp[i] - row_delta[i / 2 % 2];
     as_factors(factors, s);
     begin_products();
     multiply_across<BESIDE>(sum, factors, ks);
     commit_products();
     wait_products<0>();
     hold(sum);
+    give_back(empty + turn);
   }
   float factor = scale * 0.693147180559945f;  // 1 / sqrt(DIM)
 #pragma unroll
@@ -310,58 +361,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                          int group, int window, float scale, Element* dk, Element* dv, i64 d_pitch, float* dk_shares,
                          float* dv_shares, i64 tokens) {
   DYNAMIC_SHARED(memory);
+  __shared__ u64 keys_full, full[BACK_TURNS], empty[BACK_TURNS];
+  __shared__ float row_lse[BACK_TURNS][BESIDE], row_delta[BACK_TURNS][BESIDE];
   u8* ks = aligned(memory);
   u8* vs = ks + TILE_BYTES;
-  u8* buffers = vs + TILE_BYTES;  // two of queries and of dout
-  __shared__ float row_lse[2][BESIDE], row_delta[2][BESIDE];
+  u8* buffers = vs + TILE_BYTES;
   const Tile tile = tiles[blockIdx.x];
   if (tile.first >= tile.length) return;
-  int lane = threadIdx.x % 32, row = threadIdx.x / 128 * 64;
-  int row0 = row + threadIdx.x % 128 / 32 * 16 + lane / 4;
 #if SHARED
   int key_head = blockIdx.y / group, head0 = blockIdx.y, heads = 1;
 #else
   int key_head = blockIdx.y, head0 = blockIdx.y * group, heads = group;
 #endif
-  q += tile.start * q_pitch;
-  dout += tile.start * dout_pitch;
   int begin = tile.first;
   int end = window ? min(tile.length, tile.first + ROWS - 1 + window) : tile.length;
-  int turns = (end - begin + BESIDE - 1) / BESIDE * heads;
-  int next_head = head0, next_first = begin;  // of the queries that are loaded next
-  auto load = [&](int turn) {
-    if (turn < turns) {
-      int head = next_head, first = next_first, buffer = turn % 2;
-      next_first += BESIDE;
-      if (next_first >= end) next_first = begin, next_head++;
-      u8* to = buffers + buffer * 2 * PART_BYTES;
-      load_rows<BESIDE>(to, q + head * DIM, q_pitch, first, tile.length);
-      load_rows<BESIDE>(to + PART_BYTES, dout + head * DIM, dout_pitch, first, tile.length);
+  int blocks = (end - begin + BESIDE - 1) / BESIDE * heads;
+  if (threadIdx.x == 0) {
+    make_barrier(&keys_full, SUPPLIERS);
+    for (int i = 0; i < BACK_TURNS; i++) make_barrier(full + i, SUPPLIERS), make_barrier(empty + i, WARPS_OF_WORKERS);
+  }
+  __syncthreads();
+  if (threadIdx.x < SUPPLIERS) {
+    give_registers<40>();
+    load_rows<ROWS>(ks, k + tile.start * k_pitch + key_head * DIM, k_pitch, tile.first, tile.length);
+    load_rows<ROWS>(vs, v + tile.start * v_pitch + key_head * DIM, v_pitch, tile.first, tile.length);
+    commit_copies();
+    int head = head0, first = begin;
+#pragma unroll 1
+    for (int block = 0; block < blocks; block++) {
+      int turn = block % BACK_TURNS;
+      u8* to = buffers + turn * 2 * PART_BYTES;
+      if (block >= BACK_TURNS) wait_for_phase(empty + turn, block / BACK_TURNS - 1);
+      load_rows<BESIDE>(to, q + tile.start * q_pitch + head * DIM, q_pitch, first, tile.length);
+      load_rows<BESIDE>(to + PART_BYTES, dout + tile.start * dout_pitch + head * DIM, dout_pitch, first, tile.length);
+      commit_copies();
       if (threadIdx.x < BESIDE) {
         i64 at = head * tokens + tile.start + first + threadIdx.x;
         bool there = first + (int)threadIdx.x < tile.length;
-        row_lse[buffer][threadIdx.x] = there ? lse[at] : 3e38f;
-        row_delta[buffer][threadIdx.x] = there ? delta[at] : 0.f;
+        row_lse[turn][threadIdx.x] = there ? lse[at] : 3e38f;
+        row_delta[turn][threadIdx.x] = there ? delta[at] : 0.f;
       }
+      supply<1>(block == 0 ? &keys_full : full + (block - 1) % BACK_TURNS);
+      first += BESIDE;
+      if (first >= end) first = begin, head++;
     }
-    commit_copies();
-  };
-  load_rows<ROWS>(ks, k + tile.start * k_pitch + key_head * DIM, k_pitch, tile.first, tile.length);
-  load_rows<ROWS>(vs, v + tile.start * v_pitch + key_head * DIM, v_pitch, tile.first, tile.length);
-  load(0);
+    supply<0>(full + (blocks - 1) % BACK_TURNS);
+    return;
+  }
+  take_registers<232>();
+  int worker = threadIdx.x - SUPPLIERS, lane = threadIdx.x % 32, row = __shfl_sync(~0u, worker / 128, 0) * 64;
+  int row0 = row + worker % 128 / 32 * 16 + lane / 4;
   float sum_k[DIM / 2] = {}, sum_v[DIM / 2] = {}, s[BESIDE / 2], dp[BESIDE / 2];
   u32 factors[BESIDE / 4];
-  int first = begin - BESIDE;
+  int first = begin;
+  wait_for_phase(&keys_full, 0);
 #pragma unroll 1
-  for (int turn = 0; turn < turns; turn++) {
-    wait_copies<0>();
-    show_products();
-    __syncthreads();  // these queries are here, and what was read before is free
-    load(turn + 1);
-    first += BESIDE;
-    if (first >= end) first = begin;
-    const u8* qs = buffers + turn % 2 * 2 * PART_BYTES;
+  for (int block = 0; block < blocks; block++) {
+    int turn = block % BACK_TURNS;
+    const u8* qs = buffers + turn * 2 * PART_BYTES;
     const u8* ds = qs + PART_BYTES;
+    wait_for_phase(full + turn, block / BACK_TURNS);
     begin_products();
     multiply_rows<ROWS, BESIDE>(s, ks, row, qs);  // the keys in rows
     commit_products();
@@ -369,7 +428,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     commit_products();
     wait_products<1>();
     hold(s);
-    if (first < tile.first + ROWS - 1 || (window && first + BESIDE > tile.first + window))
+    if (first < tile.first + row + 63 || (window && first + BESIDE > tile.first + window))
 #pragma unroll
       for (int i = 0; i < BESIDE / 2; i++) {
         int key = tile.first + row0 + i / 2 % 2 * 8, query = first + i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -377,7 +436,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       }
 #pragma unroll
     for (int i = 0; i < BESIDE / 2; i++)
-      s[i] = power_of_two(s[i] * scale - row_lse[turn % 2][i / 4 * 8 + lane % 4 * 2 + i % 2]);
+      s[i] = power_of_two(s[i] * scale - row_lse[turn][i / 4 * 8 + lane % 4 * 2 + i % 2]);
     as_factors(factors, s);
     wait_products<0>();
     hold(dp);
@@ -386,7 +445,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     multiply_across<BESIDE>(sum_v, factors, ds);
     commit_products();
 #pragma unroll
-    for (int i = 0; i < BESIDE / 2; i++) s[i] *= dp[i] - row_delta[turn % 2][i / 4 * 8 + lane % 4 * 2 + i % 2];
+    for (int i = 0; i < BESIDE / 2; i++) s[i] *= dp[i] - row_delta[turn][i / 4 * 8 + lane % 4 * 2 + i % 2];
     u32 more[BESIDE / 4];
     as_factors(more, s);
     hold(sum_k);
@@ -396,6 +455,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     wait_products<0>();
     hold(sum_v);
     hold(sum_k);
+    give_back(empty + turn);
+    first += BESIDE;
+    if (first >= end) first = begin;
   }
   float factor = scale * 0.693147180559945f;  // 1 / sqrt(DIM)
 #pragma unroll

@@ -10,7 +10,7 @@
 #if KIND == 0
 #define GROUP_ROWS 16  // that a thread block takes at a time, each warp a part of the columns
 #define SPAN 128       // columns that a warp takes at a time
-#define RING 4         // spans that are on their way
+#define MOST_GROUPS 16 // that a thread block takes
 #else
 #define PER_WARP 4     // rows of a warp
 #define GROUP_ROWS (PER_WARP * WARPS)
@@ -159,56 +159,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   };
 #if KIND == 0
   // The tensor cores take 16 rows by 16 columns; which columns is free, as long as the vector is read alike. A lane reads 32
-  // neighbours of two rows, and all columns of the result are the same. What it reads is copied ahead to memory of its own.
+  // neighbours of two rows, and all columns of the result are the same. A warp takes every eighth span of a group's columns.
   u32* table = (u32*)(xs + padded);  // [256][32], a copy in each bank: a byte's two values, the first in the low half
-  u8* ring = (u8*)(table + 256 * 32) + warp * (RING * 1024) + lane * 16;
-  __shared__ float map[256], parts[2][WARPS][GROUP_ROWS];
-  int quad = lane % 4, spans = (columns + SPAN * WARPS - 1) / (SPAN * WARPS);  // of a warp, in a group of rows
-  bool mapped = jobs[0].map != nullptr;                                       // as of all the jobs
-
-  int next_group = group, next_span = 0, block_shift = 0, nested_shift = 0;  // of what is copied next
-  const u8 *codes = nullptr, *absmax = nullptr;
-  const float* nested = nullptr;
-  float offset = 0.f;
-  i64 row_at[2] = {};
-  u32 scale_codes[RING][2];
-  float scales[RING][2], offsets[RING];
-  auto enter = [&] {
-    if (next_group >= groups) return;
-    const Rows& job = *job_of(next_group);
-    int row = (next_group - job.first) * GROUP_ROWS + lane / 4;
-#pragma unroll
-    for (int i = 0; i < 2; i++) row_at[i] = (i64)min(row + 8 * i, job.rows - 1) * pitch + quad * 32;
-    codes = (const u8*)job.from, absmax = (const u8*)job.absmax, nested = job.nested_absmax;
-    block_shift = job.block_shift, nested_shift = job.nested_shift;
-    offset = mapped ? *job.offset : 0.f;
-  };
-  auto fetch = [&](int slot) {
-    if (next_group < groups) {
-      int c = (next_span * WARPS + warp) * SPAN;
-      bool there = c + quad * 32 < columns;
-      offsets[slot] = offset;
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        copy_async(ring + slot * 1024 + i * 512, codes + (row_at[i] + c) / 2, there);
-        scale_codes[slot][i] = 0, scales[slot][i] = 0.f;
-        i64 block = (row_at[i] + c) >> block_shift;
-        if (there && mapped) {
-          scale_codes[slot][i] = __ldg(absmax + block);
-          scales[slot][i] = __ldg(nested + (block >> nested_shift));
-        } else if (there)
-          scales[slot][i] = __ldg((const float*)absmax + block);
-      }
-      if (++next_span == spans) {
-        next_span = 0, next_group += stride;
-        enter();
-      }
-    }
-    commit_copies();
-  };
-  enter();
-#pragma unroll
-  for (int i = 0; i < RING - 1; i++) fetch(i);
+  __shared__ float map[256], parts[MOST_GROUPS][GROUP_ROWS][WARPS + 1];
+  int quad = lane % 4;
+  bool mapped = jobs[0].map != nullptr;  // as of all the jobs
   float value = jobs[0].values[lane % 16];
 #pragma unroll 4
   for (int byte = warp; byte < 256; byte += WARPS)
@@ -216,64 +171,75 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   if (mapped) map[threadIdx.x] = jobs[0].map[threadIdx.x];
   prepare(xs, x, columns, weight, eps);
   __syncthreads();
-
-  int turn = 0, span = 0;
-  float sum[4] = {};
   const char* mine = (const char*)(table + lane);
-  while (group < groups)
+  int begin = group, taken = 0;
+#pragma unroll 1
+  for (; group < groups; group += stride, taken++) {
+    const Rows& job = *job_of(group);
+    int row = (group - job.first) * GROUP_ROWS + lane / 4, block_shift = job.block_shift, nested_shift = job.nested_shift;
+    const u8 *codes = (const u8*)job.from, *absmax = (const u8*)job.absmax;
+    const float* nested = job.nested_absmax;
+    float offset = mapped ? *job.offset : 0.f;
+    i64 row_at[2];
 #pragma unroll
-    for (int slot = 0; slot < RING; slot++) {
-      if (group >= groups) break;
-      fetch((slot + RING - 1) % RING);
-      wait_copies<RING - 1>();
-      int c = (span * WARPS + warp) * SPAN;
-      if (c < padded) {
-        uint4 first = *(const uint4*)(ring + slot * 1024), second = *(const uint4*)(ring + slot * 1024 + 512);
-        u32 w[2][4] = {{first.x, first.y, first.z, first.w}, {second.x, second.y, second.z, second.w}}, factors[2];
+    for (int i = 0; i < 2; i++) row_at[i] = (i64)min(row + 8 * i, job.rows - 1) * pitch + quad * 32;
+    float sum[2][4] = {};
+#pragma unroll 2
+    for (int c = warp * SPAN; c < padded; c += WARPS * SPAN) {
+      bool there = c + quad * 32 < columns;
+      u32 w[2][4], factors[2];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-          float factor = mapped ? map[scale_codes[slot][i]] * scales[slot][i] + offsets[slot] : scales[slot][i];
-          factors[i] = narrow_pair(factor, factor);
+      for (int i = 0; i < 2; i++) {
+        uint4 word = make_uint4(0, 0, 0, 0);
+        float factor = 0.f;
+        if (there) {
+          word = __ldcs((const uint4*)(codes + (row_at[i] + c) / 2));
+          i64 block = (row_at[i] + c) >> block_shift;
+          factor = mapped ? map[__ldg(absmax + block)] * __ldg(nested + (block >> nested_shift)) + offset
+                          : __ldg((const float*)absmax + block);
         }
+        w[i][0] = word.x, w[i][1] = word.y, w[i][2] = word.z, w[i][3] = word.w;
+        factors[i] = narrow_pair(factor, factor);
+      }
 #pragma unroll
-        for (int part = 0; part < 4; part++) {
-          uint4 v = *(const uint4*)(xs + ((c / 128 * 4 + part) * 4 + quad) * 8);
+      for (int part = 0; part < 4; part++) {
+        uint4 v = *(const uint4*)(xs + ((c / 128 * 4 + part) * 4 + quad) * 8);
 #pragma unroll
-          for (int half = 0; half < 2; half++) {
-            u32 a[4];
+        for (int half = 0; half < 2; half++) {
+          u32 a[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-              int by = (half * 2 + i / 2) * 8 - 7;  // to 128 times the byte, where its row of the table begins
-              u32 word = w[i % 2][part], row = (by < 0 ? word << -by : word >> by) & 0x7f80;
-              a[i] = multiply_pairs(*(const u32*)(mine + row), factors[i % 2]);
-            }
-            multiply_add(sum, a, half ? v.z : v.x, half ? v.w : v.y);
+          for (int i = 0; i < 4; i++) {
+            int by = (half * 2 + i / 2) * 8 - 7;  // to 128 times the byte, where its row of the table begins
+            u32 word = w[i % 2][part], at = (by < 0 ? word << -by : word >> by) & 0x7f80;
+            a[i] = multiply_pairs(*(const u32*)(mine + at), factors[i % 2]);
           }
+          multiply_add(sum[half], a, half ? v.z : v.x, half ? v.w : v.y);
         }
       }
-      if (++span < spans) continue;
-      // The group is done: the warps' parts are added up in order.
-      if (quad == 0) parts[turn][warp][lane / 4] = sum[0], parts[turn][warp][lane / 4 + 8] = sum[2];
-      sum[0] = sum[1] = sum[2] = sum[3] = 0.f;
-      __syncthreads();
-      if (threadIdx.x < GROUP_ROWS) {
-        const Rows& job = *job_of(group);
-        int row = (group - job.first) * GROUP_ROWS + threadIdx.x;
-        float out = 0.f;
-#pragma unroll
-        for (int i = 0; i < WARPS; i++) out += parts[turn][i][threadIdx.x];
-        if (row < job.rows) {
-          if (job.b) {
-            wait_for_z();
-            for (int rank = 0; rank < job.ranks; rank++) out += factor_of_b(job, row, rank) * __ldcg(z + job.start + rank);
-          }
-          if (job.bias) out += widen(job.bias[row]);
-          job.y[row] = add ? job.y[row] + out : out;
-        }
-      }
-      span = 0, turn ^= 1, group += stride;
     }
-  wait_copies<0>();
+    if (quad == 0) {
+      parts[taken][lane / 4][warp] = sum[0][0] + sum[1][0];
+      parts[taken][lane / 4 + 8][warp] = sum[0][2] + sum[1][2];
+    }
+  }
+  __syncthreads();
+  // A thread a row: the warps' parts are added up in order.
+  for (int i = threadIdx.x; i < taken * GROUP_ROWS; i += THREADS) {
+    int of = begin + i / GROUP_ROWS * stride;
+    const Rows& job = *job_of(of);
+    int row = (of - job.first) * GROUP_ROWS + i % GROUP_ROWS;
+    if (row >= job.rows) continue;
+    float out = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) out += parts[i / GROUP_ROWS][i % GROUP_ROWS][w];
+    if (job.b) {
+      wait_for_z();
+#pragma unroll 4
+      for (int rank = 0; rank < job.ranks; rank++) out += factor_of_b(job, row, rank) * __ldcg(z + job.start + rank);
+    }
+    if (job.bias) out += widen(job.bias[row]);
+    job.y[row] = add ? job.y[row] + out : out;
+  }
 #else
   prepare(xs, x, columns, weight, eps);
   __syncthreads();
@@ -345,7 +311,7 @@ extern "C" __global__ void embed_token(const Element* table, i64 pitch, const in
 // qkv [(GROUP key_heads + 2 key_heads) DIM] of the token at *position -> mixed [GROUP key_heads DIM], over the keys and values
 // in the cache [.., key_heads DIM], to which its own are written. rows [..] are rows of cosines and sines by position. A thread
 // block takes a key head and one of gridDim.y parts of the positions; the last of the parts to end adds up what all of them left
-// in partial [key_heads, parts, GROUP, DIM + 2]; counters [key_heads] are 0 before and after.
+// in partial [key_heads, parts, GROUP, DIM], then [key_heads, parts, GROUP, 2]; counters [key_heads] are 0 before and after.
 extern "C" __global__ void __launch_bounds__(128)
     attend_token(const float* qkv, Element* keys, Element* values, const int* position, const int* rows,
                  const float* cosines, const float* sines, int window, float scale, const float* query_weight,
@@ -452,17 +418,16 @@ extern "C" __global__ void __launch_bounds__(128)
       if (works && lane < LANES) sums[warp][h][part * 8 + i] = sum[h][i];
     }
   __syncthreads();
-  float* mine = partial + ((i64)head * parts + blockIdx.y) * GROUP * (DIM + 2);
+  float* all = partial + (i64)head * parts * GROUP * DIM;
+  float* all_tops = partial + (i64)key_heads * parts * GROUP * DIM + (i64)head * parts * GROUP * 2;  // and totals
   for (int i = threadIdx.x; i < GROUP * DIM; i += 128) {
     float total = 0.f;
 #pragma unroll
-    for (int other = 0; other < 4; other++) total += sums[other][i / DIM][i % DIM];
-    mine[i / DIM * (DIM + 2) + i % DIM] = total;
+    for (int other = 0; other < 4; other++) total += (&sums[other][0][0])[i];
+    all[blockIdx.y * GROUP * DIM + i] = total;
   }
-  if (threadIdx.x < GROUP) {
-    mine[threadIdx.x * (DIM + 2) + DIM] = tops[threadIdx.x];
-    mine[threadIdx.x * (DIM + 2) + DIM + 1] = totals[threadIdx.x];
-  }
+  if (threadIdx.x < GROUP)
+    *(float2*)(all_tops + (blockIdx.y * GROUP + threadIdx.x) * 2) = make_float2(tops[threadIdx.x], totals[threadIdx.x]);
   __shared__ bool ours;
   __threadfence();
   __syncthreads();
@@ -470,34 +435,38 @@ extern "C" __global__ void __launch_bounds__(128)
   __syncthreads();
   if (!ours) return;
   __threadfence();
-  const float* all = partial + (i64)head * parts * GROUP * (DIM + 2);
-  // What each part is multiplied by, over scores.
-  float* factors = &scores[0][0];  // [GROUP, parts]: parts are at most CHUNK
+  // What each part is multiplied by, over the scores: parts are at most CHUNK.
+  float* factors = &scores[0][0];  // [GROUP, parts]
   for (int h = warp; h < GROUP; h += 4) {
-    float top = -3e38f, total = 0.f;
-    for (int i = lane; i < parts; i += 32) top = fmaxf(top, __ldcg(all + (i * GROUP + h) * (DIM + 2) + DIM));
-    float most = top;
+    float most = -3e38f, total = 0.f;
+    float2 found[CHUNK / 32];
 #pragma unroll
-    for (int lanes = 16; lanes; lanes /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
-    for (int i = lane; i < parts; i += 32) {
-      const float* of = all + (i * GROUP + h) * (DIM + 2) + DIM;
-      float factor = power_of_two(__ldcg(of) - most);
-      factors[h * parts + i] = factor;
-      total += factor * __ldcg(of + 1);
+    for (int k = 0; k < CHUNK / 32; k++) {
+      int i = lane + k * 32;
+      found[k] = i < parts ? __ldcg((const float2*)(all_tops + (i * GROUP + h) * 2)) : make_float2(-3e38f, 0.f);
+      most = fmaxf(most, found[k].x);
     }
 #pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
+#pragma unroll
+    for (int k = 0; k < CHUNK / 32; k++) found[k].x = power_of_two(found[k].x - most), total += found[k].x * found[k].y;
+#pragma unroll
     for (int lanes = 16; lanes; lanes /= 2) total += __shfl_xor_sync(~0u, total, lanes);
-    __syncwarp();
-    for (int i = lane; i < parts; i += 32) factors[h * parts + i] /= total;
+#pragma unroll
+    for (int k = 0; k < CHUNK / 32; k++)
+      if (lane + k * 32 < parts) factors[h * parts + lane + k * 32] = found[k].x / total;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < GROUP * DIM; i += 128) {
-    int h = i / DIM, c = i % DIM;
-    float out = 0.f;
-#pragma unroll 8
-    for (int other = 0; other < parts; other++)
-      out += factors[h * parts + other] * __ldcg(all + (other * GROUP + h) * (DIM + 2) + c);
-    mixed[(head * GROUP + h) * DIM + c] = out;
+  for (int i = threadIdx.x * 4; i < GROUP * DIM; i += 512) {
+    const float* mine = factors + i / DIM * parts;
+    float4 out = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 16
+    for (int other = 0; other < parts; other++) {
+      float4 part = __ldcg((const float4*)(all + other * GROUP * DIM + i));
+      out.x += mine[other] * part.x, out.y += mine[other] * part.y;
+      out.z += mine[other] * part.z, out.w += mine[other] * part.w;
+    }
+    *(float4*)(mixed + head * GROUP * DIM + i) = out;
   }
 }
 

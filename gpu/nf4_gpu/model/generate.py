@@ -25,8 +25,9 @@ _CODES, _BF16 = range(2)  # KIND
 _PLAIN, _NORM, _SWIGLU = range(3)  # PROLOGUE
 _GROUP = {_CODES: 16, _BF16: 32}  # rows that a thread block takes at a time
 _SPAN = {_CODES: 128, _BF16: 1024}  # columns that the vector is padded to
-_THREADS, _RESIDENT = 256, {_CODES: 2, _BF16: 2}
-_CODES_BYTES = (32 << 10) + (32 << 10)  # of shared memory: the table, and what is copied ahead
+_THREADS, _RESIDENT = 256, {_CODES: 3, _BF16: 2}
+_MOST_GROUPS = 16  # of rows of codes that a thread block takes
+_TABLE = 32 << 10  # bytes of shared memory
 _PARTS = 16  # of the positions that attention takes side by side
 _BLOCKS = 128  # of take_likeliest
 _LOG2E = 1.4426950408889634
@@ -299,8 +300,11 @@ class Decoder:
         add: bool = False,
     ) -> None:
         kind = launch.kind
-        shared = round_up(columns, _SPAN[kind]) * 2 + (_CODES_BYTES if kind == _CODES else 0)
-        grid = launch.narrow + min(launch.groups, _RESIDENT[kind] * self._device.processors)
+        shared = round_up(columns, _SPAN[kind]) * 2 + (_TABLE if kind == _CODES else 0)
+        blocks = min(launch.groups, _RESIDENT[kind] * self._device.processors)
+        if kind == _CODES:
+            blocks = max(blocks, -(-launch.groups // _MOST_GROUPS))
+        grid = launch.narrow + blocks
         self._device.launch(
             SOURCE,
             "multiply_vector",

@@ -18,6 +18,9 @@ from nf4_gpu.train.bench import ALPHA, CLIP, GENERATED, PROMPT, RANK, RATE, ROWS
 from nf4_gpu.train.models import CONFIGS, weights
 
 
+WAYS = ("prepared", "plain")
+
+
 def base_model(name: str) -> Any:
     """Return transformers' model with the weights of `models`, its linear layers in 4 bits by bitsandbytes."""
     torch: Any = importlib.import_module("torch")
@@ -53,34 +56,53 @@ def base_model(name: str) -> Any:
     return model
 
 
-def adapted(name: str, checkpointing: bool) -> Any:
-    """Return the model with adapters on all linear layers, as the QLoRA recipe prepares it."""
+def adapted(name: str, checkpointing: bool, way: str) -> Any:
+    """Return the model with adapters on all linear layers.
+
+    way: "prepared", as the QLoRA recipe has it, what is not in 4 bits and the adapters in float32, products by
+    autocast; or "plain", all of that in bfloat16.
+    """
     peft: Any = importlib.import_module("peft")
-    model = peft.prepare_model_for_kbit_training(
-        base_model(name),
-        use_gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-    )
+    how = {"use_reentrant": False}
+    model = base_model(name)
+    if way == "prepared":
+        model = peft.prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs=how if checkpointing else None,
+        )
+    elif checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        model.enable_input_require_grads()
     model.config.use_cache = False
     lora = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM"
     )
-    return peft.get_peft_model(model, lora).train()
+    return peft.get_peft_model(model, lora, autocast_adapter_dtype=way == "prepared").train()
 
 
-def measure(row: Row) -> dict[str, Any]:
-    """Return the seconds of a step, the first losses, and the most memory that tensors took."""
+def casting(way: str) -> Any:
+    """Return the context that a way computes in."""
     torch: Any = importlib.import_module("torch")
-    model = adapted(row.model, row.checkpointing)
+    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=way == "prepared")
+
+
+def measure(row: Row, model: Any, way: str) -> dict[str, Any]:
+    """Return the seconds of a step, the losses, and the most memory that tensors took. AdamW's states: float32."""
+    torch: Any = importlib.import_module("torch")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
+    if way == "prepared":
+        optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, fused=True)
+    else:
+        bnb: Any = importlib.import_module("bitsandbytes")
+        optimizer = bnb.optim.AdamW(trainable, lr=RATE, weight_decay=0.0, optim_bits=32)
     batch = torch.from_numpy(token_ids(row.model, row.batch, row.tokens)).to("cuda").long()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     losses, seconds = [], []
     for _ in range(WARM_UP + STEPS):
         started = time.perf_counter()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with casting(way):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, CLIP)
@@ -91,32 +113,33 @@ def measure(row: Row) -> dict[str, Any]:
         seconds.append(time.perf_counter() - started)
         del loss
     return {
+        "way": way,
         "seconds": statistics.median(seconds[WARM_UP:]),
         "losses": losses,
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }
 
 
-def generate(name: str) -> dict[str, Any]:
-    """Return the tokens a second of a greedy continuation with the adapters on, after the first."""
+def generate(name: str, model: Any, way: str) -> dict[str, Any]:
+    """Return the tokens a second of a greedy continuation with the adapters on, after the first eight."""
     torch: Any = importlib.import_module("torch")
-    model = adapted(name, checkpointing=False).eval()
+    model = model.eval()
+    model.gradient_checkpointing_disable()
     model.config.use_cache = True
     prompt = torch.from_numpy(token_ids(name, 1, PROMPT)).to("cuda").long()
     seconds = {}
-    for count in (8, GENERATED // 2):
-        for _ in range(2):
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
-                model.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count,
-                    min_new_tokens=count, do_sample=False, pad_token_id=0,
-                )  # fmt: skip
-            torch.cuda.synchronize()
-            seconds[count] = time.perf_counter() - started
-    rate = (GENERATED // 2 - 8) / (seconds[GENERATED // 2] - seconds[8])
-    return {"tokens_per_second": rate}
+    for count in (8, GENERATED // 4):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        with torch.no_grad(), casting(way):
+            model.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count,
+                min_new_tokens=count, do_sample=False, pad_token_id=0, use_cache=True,
+            )  # fmt: skip
+        torch.cuda.synchronize()
+        seconds[count] = time.perf_counter() - started
+    rate = (GENERATED // 4 - 8) / (seconds[GENERATED // 4] - seconds[8])
+    return {"way": way, "tokens_per_second": rate}
 
 
 def main() -> None:
@@ -126,18 +149,30 @@ def main() -> None:
     parser.add_argument("--generation", action="store_true")
     options = parser.parse_args()
     torch: Any = importlib.import_module("torch")
-    found: dict[str, Any] = {}
-    for row in ROWS:
-        if row.model == options.model and row.budget is None:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for way in WAYS:
+        rows = [row for row in ROWS if row.model == options.model and row.budget is None]
+        model = adapted(options.model, rows[0].checkpointing, way)
+        for row in rows:
             try:
-                found[row.name] = measure(row)
-            except torch.cuda.OutOfMemoryError as error:
-                found[row.name] = {"error": str(error)}
+                found.setdefault(row.name, []).append(measure(row, model, way))
+            except torch.cuda.OutOfMemoryError:
+                pass
             gc.collect()
             torch.cuda.empty_cache()
-    if options.generation:
-        found["generation"] = generate(options.model)
-    print(json.dumps(found))
+        if options.generation:
+            found.setdefault("generation", []).append(generate(options.model, model, way))
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(json.dumps({name: best(answers) for name, answers in found.items()}))
+
+
+def best(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the quicker way's figures, with all of them beside."""
+    key = "seconds" if "seconds" in answers[0] else "tokens_per_second"
+    chosen = min(answers, key=lambda answer: answer[key] if key == "seconds" else -answer[key])
+    return chosen | {"ways": answers}
 
 
 if __name__ == "__main__":

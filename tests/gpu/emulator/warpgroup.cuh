@@ -10,6 +10,32 @@ inline u64 along_columns(u32 address, int rows) {
   return (u64)((address & 0x3ffff) >> 4) | (u64)(rows * 128 >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
 
+struct Barrier {
+  u16 count, left;
+  u32 phase;
+};
+inline void make_barrier(u64* barrier, u32 count) { *(Barrier*)barrier = {(u16)count, (u16)count, 0}; }
+inline void come(u64* barrier) {
+  Barrier& b = *(Barrier*)barrier;
+  if (--b.left) return;
+  b.left = b.count;
+  b.phase++;
+  emulation::progress++;
+}
+inline void wait_for_phase(u64* barrier, u32 phase) {
+  while ((((volatile Barrier*)barrier)->phase & 1) == (phase & 1)) emulation::yield();
+}
+template <int COUNT>
+inline void give_registers() {}
+template <int COUNT>
+inline void take_registers() {}
+inline emulation::Meeting some[16];
+template <int NUMBER, int COUNT>
+inline void meet_some() {
+  static const int expected = COUNT;
+  emulation::meet(some[NUMBER], expected);
+}
+
 struct Product {
   float* d;
   int columns;
