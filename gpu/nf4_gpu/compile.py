@@ -27,10 +27,12 @@ OPTIONS = (
     "-default-device",
     "--ptxas-options=--verbose",  # registers, shared memory and spills, in the log
 )
-OF_ONE_ARCHITECTURE = frozenset(("hopper_many.cu",))
+FUSED = frozenset(f"model/{name}.cu" for name in ("attention", "attention90", "generate", "lora", "norm", "ops", "rope"))
+"""Sources whose products and sums may be fused: they only need speed, and carry a tolerance."""
+OF_ONE_ARCHITECTURE = frozenset(("hopper_many.cu", "model/attention90.cu"))
 """Sources with instructions that no other architecture has: compiled for sm_90a."""
 OLDEST = 75
-_SHARED_BY_DEFAULT = 48 << 10
+_SHARED_BY_DEFAULT = 16 << 10
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 
 
@@ -45,7 +47,7 @@ def compile_kernels(
     headers = sorted(ROOM.rglob("*.cuh"))
     own = "a" if source in OF_ONE_ARCHITECTURE else ""
     given = (f"--gpu-architecture={kind}_{arch}{own}", *(f"-D{k}={v}" for k, v in defines.items()))
-    options = (*OPTIONS, *given)
+    options = (*options_of(source), *given)
     program = nvrtc.createProgram(
         text, source, tuple(h.read_bytes() for h in headers), tuple(_name(h) for h in headers)
     )
@@ -64,6 +66,13 @@ def _name(header: Path) -> bytes:
     return header.relative_to(ROOM).as_posix().encode()
 
 
+def options_of(source: str) -> tuple[str, ...]:
+    """Return the compiler's options for a source, but for architecture and defines."""
+    if source not in FUSED:
+        return OPTIONS
+    return tuple("--fmad=true" if option == "--fmad=false" else option for option in OPTIONS)
+
+
 @cache
 def kernel(device: int, source: str, name: str, shared: int = 0, **defines: int) -> Any:
     """Return the kernel of that name, compiled with the defines, on the device.
@@ -72,7 +81,7 @@ def kernel(device: int, source: str, name: str, shared: int = 0, **defines: int)
     older than sm_75.
     """
     function = _module(device, source, **defines).get_function(name)
-    if shared > _SHARED_BY_DEFAULT:
+    if shared > _SHARED_BY_DEFAULT:  # with what is static it may not exceed 48 KB unasked
         driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
     return function
 
@@ -98,7 +107,7 @@ def cache_directory() -> Path:
 
 
 def _cached(source: str, arch: int, defines: Mapping[str, int]) -> bytes:
-    key = hashlib.sha256(repr((nvrtc.getVersion(), OPTIONS, arch, sorted(defines.items()))).encode())
+    key = hashlib.sha256(repr((nvrtc.getVersion(), options_of(source), arch, sorted(defines.items()))).encode())
     for path in [ROOM / source, *sorted(ROOM.rglob("*.cuh"))]:
         key.update(path.read_bytes())
     file = cache_directory() / f"{Path(source).stem}-{key.hexdigest()[:32]}.cubin"

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nf4 import bundled
-from nf4.cli.output import json_option, print_json, size
+from nf4.cli.output import SIZE, json_option, print_json, size
 from nf4.codebooks import CODEBOOKS
 from nf4.errors import InputError
 from nf4.model.llama import TARGETS
@@ -125,6 +125,18 @@ def _option(name: str, help: str, **settings: Any) -> Callable[..., Any]:
 @_option("--group-by-length", "Take sequences of like length together.", is_flag=True)
 @_option("--loss-on", "Learn the completions and assistant's turns, or all.", type=click.Choice(LOSS_ON))
 @_option("--checkpointing", "Recompute activations in backward: less memory, more time.", is_flag=True)
+@_option("--device", "Where the model is computed.", type=click.Choice(DEVICES))
+@_option("--keep-layers", "On cuda: layers left out of --checkpointing, the last ones.", type=int)
+@_option(
+    "--optimizer-budget",
+    "On cuda: device memory for AdamW's states, such as 512M; the rest waits with the host.  [default: all]",
+    type=SIZE,
+)
+@_option(
+    "--weights-budget",
+    "On cuda: device memory for 4-bit weights, such as 4G; the rest waits with the host.  [default: all]",
+    type=SIZE,
+)
 @_option("--eval-data", "Held-out data.  [default: a tenth of DATA]")
 @_option("--eval-every", "Steps between two evaluations; 0 for just at the end.", type=int)
 @_option("--eval-sequences", "Held-out sequences measured, evenly spread; 0 for all.", type=int)
