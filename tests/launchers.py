@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REFERENCE = Path(__file__).parents[1] / "reference"
+SOURCES = [str(Path(__file__).parents[1] / room) for room in ("reference", "gpu")]
 MAIN = "from nf4.cli import main; main()"
 
 
@@ -22,7 +22,7 @@ class Mpi:
         return [str(self._mpirun), *extra, "-n", str(ranks), *map(str, arguments)]
 
     def environment(self) -> dict[str, str]:
-        more = {"PYTHONPATH": str(REFERENCE), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        more = {"PYTHONPATH": os.pathsep.join(SOURCES), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if self._library is not None:
             more["MPI4PY_LIBMPI"] = str(self._library)
         return {**os.environ, **more, "PATH": f"{self._mpirun.parent}:{os.environ['PATH']}"}

@@ -14,13 +14,17 @@ from typing import Any
 import cupy
 import numpy as np
 from nf4.bench import machine
+from nf4.bench.ranks import Case
+from nf4.errors import InputError
 from nf4.errors import InputError
 from nf4.floats import BFLOAT16
 from nf4.formats.peft import linear_shapes
 from nf4.lora import LoRA, init_lora
 from nf4.model.config import LlamaConfig
 from nf4.model.llama import Llama
+from nf4.ranks import Ranks
 from nf4.train.data import IGNORE, Example
+from nf4.train.engine import Engine
 from numpy.typing import NDArray
 
 from nf4_gpu.arena import Arena
@@ -29,6 +33,7 @@ from nf4_gpu.model.weights import shapes_of
 from nf4_gpu.tensor import quantize, to_host
 from nf4_gpu.train import plan as planning
 from nf4_gpu.train.engine import GpuEngine, Inference, forms_of
+from nf4_gpu.train.exact import ExactEngine
 from nf4_gpu.train.models import CONFIGS, config_of, weights
 from nf4_gpu.train.plan import Settings
 from nf4_gpu.train.timeline import Timed
@@ -106,6 +111,37 @@ def run(against: str | None, only: str | None = None) -> dict[str, Any]:
         "ceilings": ours["ceilings"],
         "results": results,
     }
+
+
+def cases(only: str | None, exact: bool) -> list[Case]:
+    """Return the cases that ranks share, a GPU each: 1.2B at 4 x 1024 a rank, and 8B at 4 x 2048.
+
+    Raises InputError for a model of another name.
+    """
+    known = {row.model: row for row in ROWS if row.batch == 4 and row.budget is None}
+    if only is not None and only not in known:
+        raise InputError(f"--model {only}: ranks on cuda measure one of {', '.join(known)}")
+    return [_case(row, exact) for model, row in known.items() if only in (None, model)]
+
+
+def _case(row: Row, exact: bool) -> Case:
+    def engine(model: Llama, ranks: Ranks) -> Engine:
+        cupy.get_default_memory_pool().free_all_blocks()  # of the engine before
+        if exact:
+            return ExactEngine(
+                model,
+                batch_size=row.batch,
+                max_grad_norm=CLIP,
+                weight_decay=0.0,
+                checkpointing=row.checkpointing,
+                seed=0,
+                threads=1,
+                ranks=ranks,
+            )
+        settings = Settings(row.batch, row.tokens, row.checkpointing)
+        return GpuEngine(model, settings, max_grad_norm=CLIP, weight_decay=0.0, seed=0, ranks=ranks)
+
+    return Case(f"{row.name} a rank", row.batch, row.tokens, RANK, lambda: random_model(row.model), engine)
 
 
 def token_ids(model: str, batch: int, tokens: int) -> NDArray[np.int32]:
