@@ -143,7 +143,6 @@ def _option(name: str, help: str, **settings: Any) -> Callable[..., Any]:
 @_option("--save-every", "Steps between two checkpoints.  [default: with each evaluation]", type=int)
 @_option("--seed", "Seed of everything random.", type=int)
 @_option("--threads", "Threads; bits depend on them unless --exact.  [default: the processors]", type=int)
-@_option("--device", "Where it computes; cuda is an NVIDIA GPU.", type=click.Choice(DEVICES))
 @_option("--exact", "The same adapter, bit for bit, on every machine (NF4-15); slower.", is_flag=True)
 @_option(
     "--resume", "Go on from the checkpoint in --out, with its options where none are given.", is_flag=True
