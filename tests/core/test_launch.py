@@ -1,4 +1,4 @@
-"""Ranks: who started them, what they share, and what they say when they can't work together."""
+"""The launch of ranks: who started them, what they share out, and what they say when they are not joined."""
 
 import os
 import subprocess
