@@ -102,11 +102,10 @@ def run(against: str | None, only: str | None = None) -> dict[str, Any]:
             by_products = found["operations"] / rates["product_operations_per_second"]
             found["floor_seconds"] = by_products + found["bytes"] / rates["copy_bytes_per_second"]
         results.append({"row": name, "nf4": found} | ({against: peer} if against else {}))
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
     return {
         "benchmark": "train on cuda",
         **machine.describe(("cupy-cuda13x", "cupy-cuda12x", *(PEER_PACKAGES if against else ()))),
-        "gpu": properties["name"].decode(),
+        "gpu": gpu_name(),
         "against": against,
         "ceilings": ours["ceilings"],
         "results": results,
@@ -142,6 +141,13 @@ def _case(row: Row, exact: bool) -> Case:
         return GpuEngine(model, settings, max_grad_norm=CLIP, weight_decay=0.0, seed=0, ranks=ranks)
 
     return Case(f"{row.name} a rank", row.batch, row.tokens, RANK, lambda: random_model(row.model), engine)
+
+
+def gpu_name() -> str:
+    """Return what the current GPU calls itself."""
+    runtime = cupy.cuda.runtime
+    name: bytes = runtime.getDeviceProperties(runtime.getDevice())["name"]
+    return name.decode()
 
 
 def token_ids(model: str, batch: int, tokens: int) -> NDArray[np.int32]:

@@ -74,9 +74,9 @@ def command(
             from nf4_gpu.train import bench as training
 
             cases = training.cases(None if model is None else str(model), exact)
+            report = {"gpu": training.gpu_name(), **shared.run(cases, ranks, rounds or 2, exact)}
         else:
-            cases = shared.processors(model, exact)
-        report = shared.run(cases, ranks, rounds or 2, exact)
+            report = shared.run(shared.processors(model, exact), ranks, rounds or 2, exact)
         if ranks.rank:
             return
     elif device == "cuda":
