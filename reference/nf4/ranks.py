@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -332,12 +333,16 @@ def joined() -> Ranks:
     return started() if started.cache_info().currsize else ALONE
 
 
-def program() -> dict[str, str]:
+def program(device: str = "cpu") -> dict[str, str]:
     """Return the version of this program, and a digest of its source: what the ranks must have in common."""
     total = hashlib.sha256()
-    folder = Path(__file__).parent
-    for path in sorted(folder.rglob("*.py")):
-        total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    for package in ("nf4", "nf4_gpu") if device == "cuda" else ("nf4",):
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        folder = Path(spec.origin).parent
+        for path in sorted(path for kind in ("py", "cu", "cuh") for path in folder.rglob(f"*.{kind}")):
+            total.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return {"nf4": f"{__version__} ({total.hexdigest()[:12]})"}
 
 

@@ -143,7 +143,7 @@ def test_other_options_are_refused(options: FinetuneOptions) -> None:
 
 def test_another_version_is_refused(options: FinetuneOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     versions = iter(["1 (a)", "2 (b)"])
-    monkeypatch.setattr("nf4.train.finetune.program", lambda: {"nf4": next(versions)})
+    monkeypatch.setattr("nf4.train.finetune.program", lambda _: {"nf4": next(versions)})
     assert re.fullmatch(
         r"rank 1 .*: nf4 is [12] \([ab]\), and [12] \([ab]\) on rank 0", refusal(lambda _: options)
     )

@@ -202,7 +202,9 @@ def finetune(
     ranks = ranks or started()
     report = report if report is not None and ranks.rank == 0 else Report()
     ranks.each(options.check)
-    ranks.agree(program() | {_flag(k): v for k, v in asdict(options).items() if k not in _PATHS})
+    ranks.agree(
+        program(options.device) | {_flag(k): v for k, v in asdict(options).items() if k not in _PATHS}
+    )
     _check_share(options, ranks)
     if ranks.size > 1:
         report.note(ranks.describe())
