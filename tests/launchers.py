@@ -22,7 +22,8 @@ class Mpi:
         return [str(self._mpirun), *extra, "-n", str(ranks), *map(str, arguments)]
 
     def environment(self) -> dict[str, str]:
-        more = {"PYTHONPATH": os.pathsep.join(SOURCES), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        paths = [*SOURCES, *filter(None, [os.environ.get("PYTHONPATH")])]
+        more = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if self._library is not None:
             more["MPI4PY_LIBMPI"] = str(self._library)
         return {**os.environ, **more, "PATH": f"{self._mpirun.parent}:{os.environ['PATH']}"}
