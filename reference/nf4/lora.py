@@ -115,13 +115,16 @@ class Dropout:
         return np.concatenate(parts)
 
     def apply(self, bits: NDArray[np.uint8], x: Array, out: Array) -> Array:
-        """Write x where the bits keep it, else 0, into out [T, features]; out may be x."""
+        """Write x where the bits keep it, else +0, into out [T, features]; out may be x."""
+        whole, written = (array.view(f"i{x.itemsize}") for array in (x, out))
         byte = row = 0
         for n in self.lengths:
             size = n * x.shape[1]
             nbytes = -(-size // 8)
             kept = np.unpackbits(bits[byte : byte + nbytes], count=size).reshape(n, -1)
-            np.multiply(x[row : row + n], kept, out=out[row : row + n])
+            # All bits of an element or none: a product with 0 would make a NaN of an infinity.
+            mask = -kept.astype(whole.dtype)
+            np.bitwise_and(whole[row : row + n], mask, out=written[row : row + n])
             byte, row = byte + nbytes, row + n
         return out
 

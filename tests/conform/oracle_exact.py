@@ -48,16 +48,21 @@ LOG = [
 ]
 
 
-def on_grid(x: list[Fraction], bits: int) -> list[Fraction]:
-    """x rounded to bits below the power of two above the largest (NF4-14.2, NF4-14.4)."""
+def units_of(x: list[Fraction], bits: int) -> tuple[list[int], Fraction]:
+    """x in units of bits below the power of two above the largest, and the unit (NF4-14.2, NF4-14.4)."""
     top = max(map(abs, x), default=Fraction(0))
     if top == 0:
-        return x
+        return [0] * len(x), Fraction(1)
     e = top.numerator.bit_length() - top.denominator.bit_length() - 1
     while Fraction(2) ** e <= top:
         e += 1
     unit = Fraction(2) ** (e - bits)
-    units = [round(v / unit) for v in x]  # half to even
+    return [round(v / unit) for v in x], unit  # half to even
+
+
+def on_grid(x: list[Fraction], bits: int) -> list[Fraction]:
+    """x on its grid (NF4-14.2, NF4-14.4)."""
+    units, unit = units_of(x, bits)
     assert sum(map(abs, units)) <= 2**53 or bits != 41
     return [n * unit for n in units]
 
@@ -68,18 +73,46 @@ def bits_of_product(k: int) -> int:
     return min(24, (53 - power) // 2)
 
 
+def pieces_of(row: list[int]) -> list[list[int]]:
+    """A row of an operand in pieces of 4096 (NF4-14.2); one without elements is one piece."""
+    return [row[i : i + 4096] for i in range(0, max(len(row), 1), 4096)]
+
+
 def gridded(rows: Rows) -> list[list[Fraction]]:
     """Rows of an operand on their grids (NF4-14.2)."""
     for row in rows:
         check_finite("operand", row)
-    return [on_grid([value(x) for x in row], bits_of_product(len(row))) for row in rows]
+    return [
+        [
+            x
+            for piece in pieces_of(row)
+            for x in on_grid([value(x) for x in piece], bits_of_product(len(piece)))
+        ]
+        for row in rows
+    ]
 
 
 def product(a: Rows, columns: Rows) -> Rows:
     """NF4-14.3: columns are those of B."""
-    left, right = gridded(a), gridded(columns)
-    sums = [[sum((x * y for x, y in zip(r, c, strict=True)), Fraction(0)) for c in right] for r in left]
-    return [[add(rounded(s), 0) for s in row] for row in sums]
+    units = []
+    for rows in (a, columns):
+        for row in rows:
+            check_finite("operand", row)
+        units.append(
+            [
+                [units_of([value(x) for x in piece], bits_of_product(len(piece))) for piece in pieces_of(row)]
+                for row in rows
+            ]
+        )
+
+    def element(row: list[tuple[list[int], Fraction]], column: list[tuple[list[int], Fraction]]) -> int:
+        sums = [
+            sum(x * y for x, y in zip(left, right, strict=True)) * unit * other
+            for (left, unit), (right, other) in zip(row, column, strict=True)
+        ]
+        return add(rounded(summed(sums) if len(sums) > 1 else Fraction(sums[0])), 0)
+
+    return [[element(row, column) for column in units[1]] for row in units[0]]
 
 
 def summed(terms: list[Fraction]) -> Fraction:

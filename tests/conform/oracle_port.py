@@ -13,6 +13,7 @@ from typing import Any
 
 import oracle
 import oracle_exact_port
+import oracle_step_port
 
 Values = dict[str, Any]
 Matrix = list[list[float]]
@@ -373,6 +374,7 @@ STEPS: dict[str, Callable[[Values], Values]] = {
     "lora_backward": layer_steps,
     "adamw": adamw_steps,
     **oracle_exact_port.STEPS,
+    **oracle_step_port.STEPS,
 }
 
 OPERATIONS: dict[str, Callable[[Values], Values]] = {
@@ -404,6 +406,7 @@ OPERATIONS: dict[str, Callable[[Values], Values]] = {
     "lora_step": lora_step,
     "merge": merge,
     **oracle_exact_port.OPERATIONS,
+    **oracle_step_port.OPERATIONS,
 }
 
 

@@ -1,9 +1,12 @@
 """Deliberately wrong ports: each is caught by the vectors that carry its flag, and named by the diagnosis."""
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
+from nf4.conform import diagnose
 from nf4.conform.bugs import BUGS, Plain
 from nf4.conform.compare import compare
 from nf4.conform.diagnose import explain, looks_like
@@ -36,6 +39,26 @@ def failures(flag: str) -> list[tuple[Vector, Answer | None]]:
     """The vectors that carry a flag, with the wrong port's answer if it is wrong."""
     port = PythonPort(BUGS[flag], flag)
     return [(vector, wrong_on(port, vector)) for vector in VECTORS if flag in vector.flags]
+
+
+@pytest.fixture(autouse=True)
+def _asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wrong port is asked a vector once, not once for each flag that is diagnosed."""
+    monkeypatch.setattr(diagnose, "_ask", ask_once)
+
+
+ask = diagnose._ask
+answers: dict[tuple[type[Plain], str, int], Answer | None] = {}
+INPUTS = {id(vector.input) for vector in VECTORS}
+
+
+def ask_once(port: Plain, operation: str, given: Mapping[str, Any]) -> Answer | None:
+    key = (type(port), operation, id(given))
+    if isinstance(port, diagnose._Traced) or id(given) not in INPUTS:
+        return ask(port, operation, given)
+    if key not in answers:
+        answers[key] = ask(port, operation, given)
+    return answers[key]
 
 
 def test_every_flag_has_a_wrong_port() -> None:

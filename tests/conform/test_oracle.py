@@ -9,8 +9,9 @@ from typing import Any
 
 import oracle
 import oracle_port
+import oracle_step_port
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nf4.codebooks import CODEBOOKS
 from nf4.conform import reference
@@ -18,7 +19,8 @@ from nf4.conform.compare import compare
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.port import Answer
 from nf4.conform.python_port import PythonPort
-from nf4.conform.values import to_hex
+from nf4.conform.search import INPUTS
+from nf4.conform.values import encode_input, to_hex
 from nf4.conform.vectors import Vector, load
 from nf4.nested import DYNAMIC_MAP
 
@@ -227,6 +229,24 @@ def test_learning_rate(data: st.DataObject, steps: int, warmup: int, lr: float) 
         if found.kind == "output":
             apart = oracle_port.float64(found.output["lr"]) - oracle_port.float64(expected.output["lr"])
             assert abs(apart) <= 1e-15 * lr
+
+
+# Chapter 15, as the search beyond the vectors draws it
+
+CHAPTER_15 = [name for name in oracle_step_port.OPERATIONS if name != "exact_step"]
+
+
+@pytest.mark.parametrize("operation", CHAPTER_15)
+@few
+@given(st.data())
+def test_what_the_search_draws(operation: str, data: st.DataObject) -> None:
+    agree(operation, encode_input(operation, data.draw(INPUTS[operation]), "drawn"))
+
+
+@settings(deadline=None, max_examples=6, suppress_health_check=list(HealthCheck))
+@given(INPUTS["exact_step"])
+def test_whole_steps_that_the_search_draws(fields: Input) -> None:
+    agree("exact_step", encode_input("exact_step", fields, "drawn"))
 
 
 # As a program

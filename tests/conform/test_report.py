@@ -6,6 +6,7 @@ import pytest
 from nf4.conform import reference
 from nf4.conform.bugs import BUGS
 from nf4.conform.clauses import clauses
+from nf4.conform.compare import compare
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.port import Answer
 from nf4.conform.python_port import PythonPort
@@ -69,14 +70,59 @@ def test_a_port_that_sends_no_steps_is_told_that_it_may() -> None:
     assert hint not in rows["on the way"]
 
 
+def test_the_first_value_of_a_whole_step_that_differs_is_told() -> None:
+    vector = next(v for v in VECTORS if v.id == "exact-step-llama")
+    assert vector.output is not None
+    wrong = PythonPort(BUGS["ScaleIntoQuery"], "it").run(vector.id, vector.operation, vector.input)
+    result, run = judge(vector, wrong), Run("it", ("--python", "it"))
+
+    def told(values: dict[str, object]) -> dict[str, str]:
+        expected = Answer("output", vector.output or {}, vector.steps)
+        answer = replace(wrong, steps={"values": values})
+        difference = compare(vector.operation, vector.input, expected, answer)
+        return dict(details(run, replace(result, answer=answer, difference=difference), {}))
+
+    values = dict(vector.steps["values"])
+    values["0.mixed"] = {**values["0.mixed"], "data": f"7fc00000{values['0.mixed']['data'][8:]}"}
+    assert told(values)["agree"] == "the 9 steps from cos to 0.k_turned"
+    assert told(values)["step"].startswith("the first that differs is 0.mixed[0]: expected ")
+    some = {name: values[name] for name in ("cos", "0.middle")}
+    some["1.act"] = {"dtype": "float64", "shape": [0], "data": ""}
+    assert told(some)["agree"] == "the steps cos, 0.middle"
+    assert "1.act[0]" in told(some)["step"]
+    assert "on the way" not in dict(details(run, result, {}))
+
+
+def test_who_may_be_called_an_exact_trainer() -> None:
+    trainer = ("init_adapter", "adamw", "example_order", "exact_learning_rate", "exact_step")
+    assert claim(run_of(Port(trainer))).called == "an exact QLoRA trainer"
+    assert claim(run_of(Port(trainer[:4]))).called == ""
+    both = claim(run_of(Port((*CODEC, *trainer)))).called
+    assert both == "an NF4 codec with double quantization and an exact QLoRA trainer"
+
+
+class NoHalves(Port):
+    """Skips the steps of models that have a tensor in float16."""
+
+    def run(self, id: str, operation: str, input: dict[str, object]) -> Answer:  # type: ignore[override]
+        if operation == "exact_step" and "'float16'" in str(input["tensors"]):
+            return Answer("skipped", message="no float16")
+        return super().run(id, operation, input)
+
+
+def test_a_dtype_of_arrays_may_be_skipped() -> None:
+    found = claim(run_of(NoHalves(("exact_step",))))
+    assert (found.operations, found.skipped) == (("exact_step",), ("float16", "fp4"))
+
+
 def test_what_a_port_may_be_called() -> None:
     assert claim(run_of(Port(CODEC))) == Claim("an NF4 codec with double quantization", CODEC, ())
     assert claim(run_of(Port(CODEC[:3]))) == Claim("an NF4 codec", CODEC[:3], ())
     some = claim(run_of(Port(CODEC[1:])))
     assert (some.called, some.operations) == ("", CODEC[1:])
-    assert str(some) == ("it conforms to NF4 1.1 in dequantize, encode_absmax, decode_absmax (NF4-13.7)")
+    assert str(some) == ("it conforms to NF4 2.0 in dequantize, encode_absmax, decode_absmax (NF4-13.7)")
     assert str(claim(run_of(Port(CODEC)))) == (
-        "it may be called an NF4 codec with double quantization: it conforms to NF4 1.1 in "
+        "it may be called an NF4 codec with double quantization: it conforms to NF4 2.0 in "
         "quantize, dequantize, encode_absmax, decode_absmax (NF4-13.7)"
     )
     assert f"in all {len(OPERATIONS)} operations" in str(Claim("", tuple(OPERATIONS), ()))

@@ -3,19 +3,13 @@
 import hashlib
 
 import numpy as np
+from drawn import FAMILIES, batch, model, numbers
 from nf4.exact import elementary, grid, ops
+from nf4.exact.llama import ExactLlama
 from nf4.model.ops import IGNORED
-from nf4.random import stream_of, uniform
 from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
-
-
-def numbers(name: str, *shape: int, scale: float = 1.0) -> Float32:
-    """Numbers from -scale to scale that follow from the name, of exponents that differ by up to 12."""
-    u = uniform(0, stream_of(name), 2 * int(np.prod(shape)))
-    spread = np.ldexp(np.float32(scale), -np.floor(u[1::2] * 12).astype(np.int64))
-    return ((u[::2] * 2 - 1) * spread).astype(np.float32).reshape(shape)
 
 
 def results() -> list[NDArray[np.generic]]:
@@ -48,7 +42,21 @@ def results() -> list[NDArray[np.generic]]:
     ops.rotate(turned, up[:, :32], dout[:, :32])
     found += [dgate, dup, p, ops.softmax_backward(dout.copy(), p), y, rstd]
     found += [ops.rms_norm_backward(dout.copy(), gate, up[0], rstd), logits, losses, turned]
-    return [*found, np.array(ops.mean_loss(losses, 59))]
+    return [*found, np.array(ops.mean_loss(losses, 59)), *steps()]
+
+
+def steps() -> list[NDArray[np.generic]]:
+    """Losses and gradients by sequence of a model of each family, one of a vocabulary beyond a piece."""
+    found: list[NDArray[np.generic]] = []
+    for kind, rope in zip(FAMILIES, ("yarn", "llama3", "dynamic", "linear"), strict=True):
+        scaling = {"rope_type": rope, "factor": 3.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        vocabulary = 4200 if kind == "qwen3" else 50
+        small = model(kind, dropout=0.2, rope_scaling=scaling, vocab_size=vocabulary, intermediate_size=150)
+        losses, gradients = ExactLlama(small).losses_and_gradients(
+            batch(small.config, (70, 1, 33)), scale=1 / 83, checkpointing=True, seed=3
+        )
+        found += [losses, *gradients.values()]
+    return found
 
 
 def digest() -> str:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from battery import numbers
+from drawn import numbers
 from nf4.errors import InputError
 from nf4.exact import ops
 from numpy.typing import NDArray

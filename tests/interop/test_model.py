@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from nf4.errors import InputError
+from nf4.exact.tables import rotation as exact_rotation
 from nf4.lora import Dropout, LoRA, LoRALinear, Workspace, init_lora
 from nf4.model.attention import Heads, attend, attend_backward
 from nf4.model.config import LlamaConfig
@@ -189,6 +190,21 @@ def test_frequencies(name: str, length: int, old: bool) -> None:
     inv_freq, our_factor = inverse_frequencies(ours, length)
     np.testing.assert_allclose(inv_freq, expected.numpy(), rtol=2e-6)
     assert our_factor == pytest.approx(factor, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ROPES)
+@pytest.mark.parametrize("length", [20, 100])
+def test_exact_tables(name: str, length: int) -> None:
+    """Within what the float32 of transformers loses: of each angle, and of the entry."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    parameters = {"rope_parameters": ROPES[name] | {"rope_theta": 5e4}}
+    rotary = LlamaRotaryEmbedding(transformers.LlamaConfig(**SIZES, **parameters))
+    theirs = rotary(torch.zeros(1, length, 1), torch.arange(length)[None])
+    ours = LlamaConfig.from_dict(SIZES | {"model_type": "llama"} | parameters, "here")
+    bound = 1e-6 + np.arange(length)[:, None] * 2.0**-21
+    for mine, their in zip(exact_rotation(ours, (length,)), theirs, strict=True):
+        assert (np.abs(mine - their[0, :, :6].numpy()) < bound).all()
 
 
 def hf_model(tmp_path: Path, kind: str, **changes: Any) -> tuple[Any, LlamaConfig, dict[str, Array]]:

@@ -24,6 +24,17 @@ def test_windows_by_layer() -> None:
     assert tiny_config("qwen2", **on, max_window_layers=1).sliding_window == (None, 7)
     types = ["sliding_attention", "full_attention"]
     assert tiny_config("qwen3", **on, layer_types=types).sliding_window == (7, None)
+    assert tiny_config("qwen2", **on, max_window_layers=None).sliding_window == (None, None)
+
+
+def test_null_is_as_good_as_nothing() -> None:
+    null: dict[str, Any] = dict.fromkeys(
+        ("rms_norm_eps", "rope_theta", "tie_word_embeddings", "attention_bias", "max_position_embeddings")
+    )
+    given = {"num_key_value_heads": 1, "max_position_embeddings": 2048}
+    assert tiny_config(**given | null) == tiny_config(**given)
+    scaling = {"rope_type": None, "type": "yarn", "factor": 2.0, "truncate": None, "beta_fast": None}
+    assert tiny_config(rope_scaling=scaling) == tiny_config(rope_scaling={"type": "yarn", "factor": 2.0})
 
 
 def test_rope_old_and_new() -> None:
@@ -51,6 +62,10 @@ def test_rope_old_and_new() -> None:
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"rope_theta": 0}, "rope_theta is 0"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "3"},
+            "max_window_layers is '3'",
+        ),
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope_type 'spiral'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
         (

@@ -102,6 +102,8 @@ def backward(
     """
     dx: cupy.ndarray | None = None
     for layer, dout, cache, (dA, dB) in zip(layers, douts, caches, outs, strict=True):
+        if dA is None and not need_dx:
+            continue
         outputs, inputs = layer.weight.shape
         lora = layer.lora if dA is not None else None
         rank, first = 0 if lora is None else len(lora.A), inputs if need_dx else 0

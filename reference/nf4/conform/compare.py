@@ -145,10 +145,13 @@ def _with_steps(
 ) -> Difference:
     """Add the first step that differs or, if the port sent none, those expected where the outputs do."""
     agree: list[str] = []
-    for name, expected in want.items():
-        if name not in have:
+    answered = _by_name(have)
+    for name, expected in _by_name(want).items():
+        if name not in answered:
             continue
-        got = have[name]
+        got = answered[name]
+        if got.dtype != expected.dtype:
+            return replace(found, step=_step(name, expected, 0, got), agree=tuple(agree))
         if got.size != expected.size:
             at = min(got.size, expected.size)
             return replace(found, step=_step(name, expected, at, got), agree=tuple(agree))
@@ -163,10 +166,21 @@ def _with_steps(
     block_size = block(given)
     steps = []
     for name, expected in want.items():
+        if isinstance(expected, Mapping):
+            continue  # arrays of many sizes, none of which tells what belongs to an element
         related = position(expected.size, index, total, block_size)
         if related is not None and related < expected.size:
             steps.append(_step(name, expected, related))
     return replace(found, steps=tuple(steps), agree=tuple(agree))
+
+
+def _by_name(steps: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Steps as flat arrays, those of a step that holds several by their names there."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, value in steps.items():
+        inner = value if isinstance(value, Mapping) else {name: value}
+        found |= {key: array.reshape(-1) for key, array in inner.items()}
+    return found
 
 
 def _step(name: str, expected: NDArray[Any], index: int, got: NDArray[Any] | None = None) -> Step:

@@ -60,6 +60,16 @@ _LAYER = {
 }
 # the decoded weight, and 1 where dropout keeps an element of x
 _LAYER_STEPS = {"weight": "=dtype", "kept": "uint8"}
+_HEADS = {
+    "q": "float32",  # [T, kv_heads * group * head_dim]
+    "k": "float32",  # [T, kv_heads * head_dim]
+    "v": "float32",
+    "lengths": "ints",
+    "kv_heads": "int",
+    "group": "int",
+    "head_dim": "int",
+    "window": "int",  # absent: none
+}
 _ADAMW = {
     "lr": "float64",
     "beta1": "float64",
@@ -258,4 +268,75 @@ OPERATIONS: dict[str, Operation] = {
         {"x": "float32", "cos": "float32", "sin": "float32", "head_dim": "int", "inverse": "bool"},
         {"y": "float32"},
     ),  # x [T, heads, head_dim], cos and sin [T, head_dim / 2]
+    "exact_linear": Operation(
+        ("NF4-15.1",),
+        _LAYER,
+        {"y": "float32"},
+        frozenset({"bias"}),
+        steps={**_LAYER_STEPS, "z": "float32"},
+    ),
+    "exact_linear_backward": Operation(
+        ("NF4-15.1",),
+        _LAYER | {"dout": "float32"},
+        {"dx": "float32", "dA": "float32", "dB": "float32"},  # dA and dB by sequence
+        frozenset({"bias"}),
+        steps={**_LAYER_STEPS, "z": "float32", "e": "float32"},
+    ),
+    "exact_attention": Operation(
+        ("NF4-15.2",), _HEADS, {"y": "float32"}, frozenset({"window"}), steps={"p": "float32"}
+    ),
+    "exact_attention_backward": Operation(
+        ("NF4-15.2",),
+        {"dout": "float32", **_HEADS},
+        {"dq": "float32", "dk": "float32", "dv": "float32"},
+        frozenset({"window"}),
+        steps={"p": "float32", "e": "float32"},
+    ),
+    "rotation_table": Operation(
+        ("NF4-15.3",),
+        {"rope": "str", "head_dim": "int", "max_positions": "int", "length": "int"},
+        {"cos": "float32", "sin": "float32"},
+    ),  # rope: the JSON text of the keys of config.json that concern it
+    "exact_gradient": Operation(
+        ("NF4-15.6",), {"gradients": "float32", "count": "int"}, {"sum": "float32"}
+    ),  # gradients [count, n]
+    "exact_clip": Operation(
+        ("NF4-15.7",),
+        {"gradients": "arrays", "max_norm": "float64"},
+        {"norm": "float64", "gradients": "arrays"},
+    ),
+    "exact_learning_rate": Operation(
+        ("NF4-15.8",),
+        {"step": "int", "steps": "int", "warmup": "int", "schedule": "str", "lr": "float64"},
+        {"lr": "float64"},
+    ),
+    "exact_step": Operation(
+        ("NF4-15.4", "NF4-15.5", "NF4-15.6", "NF4-15.7", "NF4-15.9"),
+        {
+            "config": "str",  # the JSON text of config.json
+            "tensors": "arrays",  # the model's, by their Hugging Face names
+            "block_size": "int",
+            "codebook": "codebook",
+            "double_quant": "bool",
+            "adapters": "arrays",  # M.A and M.B of each module M
+            "alpha": "float64",
+            "rslora": "bool",
+            "dropout": "float64",
+            "seed": "uint64",
+            "ids": "ints",
+            "targets": "ints",
+            "lengths": "ints",
+            "samples": "ints",
+            "max_norm": "float64",
+        }
+        | _ADAMW,
+        {
+            "losses": "float32",
+            "loss": "float64",
+            "gradients": "arrays",
+            "norm": "float64",
+            "adapters": "arrays",
+        },
+        steps={"values": "arrays"},
+    ),  # gradients before clipping, adapters after a first update
 }

@@ -23,8 +23,10 @@ from nf4.conform.vectors import VERSION, Vector
 
 OUTCOMES: tuple[Outcome, ...] = ("passed", "failed", "errored", "skipped")
 WIDTH = 110
+_TRAINER = {"init_adapter", "example_order", "adamw", "exact_learning_rate", "exact_step"}
 _EDITION = VERSION.rpartition(".")[0]
 _AROUND = 3  # elements shown on either side of the one that differs
+_FEW = 6  # steps that are named one by one
 _WHOLE = 8  # elements of an array that is shown whole
 
 
@@ -143,10 +145,13 @@ def claim(run: Run) -> Claim:
         if passed and None not in lacks and all(r.outcome in {"passed", "skipped"} for r in results):
             conforming.append(operation)
             skipped.update(lack for lack in lacks if lack is not None)
-    called = ""
+    names = []
     if {"quantize", "dequantize"} <= set(conforming):
         nested = {"encode_absmax", "decode_absmax"} <= set(conforming)
-        called = "an NF4 codec" + " with double quantization" * nested
+        names.append("an NF4 codec" + " with double quantization" * nested)
+    if _TRAINER.issubset(conforming):
+        names.append("an exact QLoRA trainer")
+    called = " and ".join(names)
     return Claim(called, tuple(name for name in OPERATIONS if name in conforming), tuple(sorted(skipped)))
 
 
@@ -155,11 +160,20 @@ def _lack(vector: Vector, passed: Sequence[Vector]) -> str | None:
     codebook = vector.input.get("codebook", "nf4")
     if codebook != "nf4":
         return str(codebook)
-    for name in ("dtype", "adapter_dtype"):
-        dtype = vector.input.get(name)
-        if dtype is not None and all(other.input.get(name) != dtype for other in passed):
-            return str(dtype)
-    return None
+    known = {pair for other in passed for pair in _dtypes(other)}
+    return next((dtype for name, dtype in _dtypes(vector) if (name, dtype) not in known), None)
+
+
+def _dtypes(vector: Vector) -> list[tuple[str, str]]:
+    """The dtypes of a vector's input, each with the field that gives it or has arrays of it."""
+    given = vector.input
+    found: list[tuple[str, str]] = [
+        (name, str(given[name])) for name in ("dtype", "adapter_dtype") if name in given
+    ]
+    for name, kind in OPERATIONS[vector.operation].inputs.items():
+        if kind == "arrays" and name in given:
+            found += [(name, str(array["dtype"])) for array in given[name].values()]
+    return found
 
 
 def failures(run: Run, flags: Mapping[str, str]) -> str:
@@ -403,8 +417,11 @@ def _result_json(run: Run, result: Result) -> dict[str, Any]:
 def _steps(difference: Difference, sent: bool) -> list[tuple[str, str]]:
     """What is known of the steps; sent: whether the port answered any."""
     rows = []
-    if difference.agree:
-        rows.append(("agree", f"the steps {', '.join(difference.agree)}"))
+    agree = difference.agree
+    if len(agree) > _FEW:
+        rows.append(("agree", f"the {len(agree)} steps from {agree[0]} to {agree[-1]}"))
+    elif agree:
+        rows.append(("agree", f"the steps {', '.join(agree)}"))
     if difference.step is not None:
         step = difference.step
         want, got = _pair(step.expected, step.expected_value), _pair(step.got, step.got_value)

@@ -22,6 +22,8 @@ from nf4.conform.python_port import PythonPort
 from nf4.conform.values import encode_input
 from nf4.errors import InputError
 from nf4.floats import DTYPES
+from nf4.model.config import MODEL_TYPES, ROPE_TYPES, LlamaConfig
+from nf4.model.llama import parameter_shapes
 from nf4.nested import DYNAMIC_MAP, NESTED_BLOCK_SIZE
 from nf4.testing import absmax_lists, bit_patterns, quantized, shapes, tensors
 
@@ -327,6 +329,132 @@ def _rotated(draw: st.DrawFn) -> Fields:
 
 
 @st.composite
+def _attended(draw: st.DrawFn, backward: bool) -> Fields:
+    kv_heads, group, dim = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    lengths = draw(st.lists(st.integers(1, 5), min_size=1, max_size=2))
+    rows = sum(lengths)
+    wide = {"q": group, "k": 1, "v": 1} | ({"dout": group} if backward else {})
+    fields: Fields = {name: draw(_moderate(rows * kv_heads * n * dim)) for name, n in wide.items()}
+    fields |= {"lengths": lengths, "kv_heads": kv_heads, "group": group, "head_dim": dim}
+    return fields | ({"window": draw(st.integers(1, 5))} if draw(st.booleans()) else {})
+
+
+_ratios = st.floats(0.25, 64).map(lambda x: float(np.float32(x)))  # few digits
+
+
+@st.composite
+def _rope(draw: st.DrawFn) -> Fields:
+    half, positions = draw(st.integers(1, 6)), draw(st.integers(1, 64))
+    kind = draw(st.sampled_from(ROPE_TYPES))
+    scaling: Fields = {"rope_type": kind, "factor": draw(_ratios)}
+    own: dict[str, Fields] = {
+        "llama3": {"low_freq_factor": draw(st.floats(0.5, 2)), "high_freq_factor": draw(st.floats(1, 8))},
+        "longrope": {
+            name: draw(st.lists(_ratios, min_size=half, max_size=half))
+            for name in ("short_factor", "long_factor")
+        },
+    }
+    optional: dict[str, list[str]] = {
+        "yarn": ["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"],
+        "longrope": ["attention_factor"],
+    }
+    if kind in ("llama3", "yarn", "longrope") and draw(st.booleans()):
+        scaling["original_max_position_embeddings"] = draw(st.integers(1, 64))
+    scaling |= own.get(kind, {})
+    scaling |= {name: draw(_ratios) for name in optional.get(kind, []) if draw(st.booleans())}
+    if kind == "yarn":
+        scaling["truncate"] = draw(st.booleans())
+    rope = {draw(st.sampled_from(["rope_scaling", "rope_parameters"])): scaling}
+    if draw(st.booleans()):
+        rope["rope_theta"] = draw(st.one_of(st.floats(1, 1e7), st.sampled_from([1e4, 5e5, 1000000])))
+    return {
+        "rope": json.dumps(rope),
+        "head_dim": 2 * half,
+        "max_positions": positions,
+        "length": draw(st.integers(1, 9)),
+    }
+
+
+@st.composite
+def _to_add(draw: st.DrawFn) -> Fields:
+    count, n = draw(st.integers(1, 9)), draw(st.integers(0, 4))
+    return {
+        "gradients": draw(st.one_of(_moderate(count * n), bit_patterns("float32", count * n))),
+        "count": count,
+    }
+
+
+@st.composite
+def _to_clip(draw: st.DrawFn) -> Fields:
+    names = draw(st.lists(st.sampled_from(["a", "b.A", "b.B", "B", "\u00e9"]), unique=True, max_size=4))
+    arrays = {}
+    for name in names:
+        n = draw(st.one_of(st.integers(0, 5), st.sampled_from([4097])))
+        arrays[name] = np.resize(draw(_moderate(min(n, 20))), n)
+    return {"gradients": arrays, "max_norm": draw(st.one_of(_float64(0, 10), _one_of(0.0, 1.0, 1e9)))}
+
+
+@st.composite
+def _whole_step(draw: st.DrawFn) -> Fields:
+    """A step of a model of one or two layers, few heads and few tokens."""
+    kind = draw(st.sampled_from(MODEL_TYPES))
+    kv_heads, group, dim = draw(st.integers(1, 2)), draw(st.integers(1, 2)), 2 * draw(st.integers(1, 2))
+    config: Fields = {
+        "model_type": kind,
+        "vocab_size": 5,
+        "hidden_size": draw(st.integers(1, 5)),
+        "intermediate_size": draw(st.integers(1, 5)),
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "num_attention_heads": kv_heads * group,
+        "num_key_value_heads": kv_heads,
+        "head_dim": dim,
+        "max_position_embeddings": 16,
+        "tie_word_embeddings": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
+        "use_sliding_window": draw(st.booleans()),
+        "sliding_window": draw(st.sampled_from([None, 1, 2])),
+        "max_window_layers": draw(st.integers(0, 1)),
+    }
+    shapes = parameter_shapes(LlamaConfig.from_dict(config, "the search"))
+    dtype, adapter_dtype, rank = draw(_dtypes), draw(_training_dtypes), draw(st.integers(1, 2))
+
+    def array(*shape: int, dtype: str = dtype) -> NDArray[Any]:
+        return draw(_moderate(math.prod(shape))).astype(DTYPES[dtype]).reshape(shape)
+
+    modules = [name.removesuffix(".weight") for name in shapes if "_proj.weight" in name]
+    adapters = {}
+    for module in draw(st.lists(st.sampled_from(modules), unique=True, min_size=1, max_size=4)):
+        out, into = shapes[f"{module}.weight"]
+        adapters[f"{module}.A"] = array(rank, into, dtype=adapter_dtype)
+        adapters[f"{module}.B"] = array(out, rank, dtype=adapter_dtype)
+    lengths = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    rows = sum(lengths)
+    target = st.one_of(st.integers(0, 4), st.just(-100))
+    return {
+        "config": json.dumps(config),
+        "tensors": {name: array(*shape) for name, shape in shapes.items()},
+        "block_size": draw(_block_sizes),
+        "codebook": draw(_codebooks),
+        "double_quant": draw(st.booleans()),
+        "adapters": adapters,
+        "alpha": draw(_one_of(16.0, 1.0, 3.0)),
+        "rslora": draw(st.booleans()),
+        "dropout": draw(_one_of(0.0, 0.1, 0.5)),
+        "seed": draw(_uint(64)),
+        "ids": draw(st.lists(st.integers(0, 4), min_size=rows, max_size=rows)),
+        "targets": draw(st.lists(target, min_size=rows, max_size=rows)),
+        "lengths": lengths,
+        "samples": draw(st.lists(st.integers(0, 9), min_size=len(lengths), max_size=len(lengths))),
+        "max_norm": draw(_one_of(0.0, 0.1, 1.0)),
+        "lr": draw(_float64(0, 0.1)),
+        "beta1": draw(_one_of(0.9, 0.8)),
+        "beta2": draw(_one_of(0.999, 0.95)),
+        "eps": draw(_one_of(1e-8, 1e-6)),
+        "weight_decay": draw(_one_of(0.0, 0.1)),
+    }
+
+
+@st.composite
 def _rate(draw: st.DrawFn) -> Fields:
     steps = draw(st.integers(1, 100))
     return {
@@ -379,6 +507,15 @@ INPUTS: dict[str, st.SearchStrategy[Fields]] = {
     "exact_rms_norm_backward": _normed(backward=True),
     "exact_cross_entropy": _loss(parts=False),
     "exact_rotate": _rotated(),
+    "exact_linear": _layer(backward=False),
+    "exact_linear_backward": _layer(backward=True),
+    "exact_attention": _attended(backward=False),
+    "exact_attention_backward": _attended(backward=True),
+    "rotation_table": _rope(),
+    "exact_gradient": _to_add(),
+    "exact_clip": _to_clip(),
+    "exact_learning_rate": _rate(),
+    "exact_step": _whole_step(),
     "init_adapter": _dict(
         seed=_uint(64),
         name=_names,

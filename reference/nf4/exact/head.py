@@ -1,5 +1,6 @@
 """The end of a model in the exact tier: final norm, head and loss, forward and backward by chunks of rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +40,12 @@ def head(
     inputs: Inputs,
     scale: float | None,
     space: Workspace,
+    trace: Callable[[str, NDArray[Any]], None],
 ) -> tuple[Float32, Float32 | None]:
     """The losses [T] of the last layer's x [T, hidden], and its gradient unless scale is None (NF4-15.5).
 
-    weight is [vocabulary, hidden]. Rows without a target have the loss +0 and no gradient.
+    weight is [vocabulary, hidden]. Rows without a target have the loss +0 and no gradient. trace is shown the
+    values of each chunk of rows under their names in NF4-15.5.
     """
     losses = np.zeros(len(x), np.float32)
     dx = None if scale is None else np.zeros_like(x)
@@ -55,8 +58,12 @@ def head(
         wide = space.take("weight", plain.shape, np.float64)
         logits = space.take("logits", (len(at), len(plain)), np.float32)
         product(y, rows(plain, wide).mT, logits, space)
+        trace("normed", y)
+        trace("logits", logits)
         losses[at] = ops.cross_entropy(logits, targets, scale)
         if dx is not None:
+            trace("dlogits", logits)
             dy = product(logits, columns(plain, wide), space=space)
+            trace("dnormed", dy)
             dx[at] = ops.rms_norm_backward(dy, part, norm, rstd)
     return losses, dx

@@ -93,6 +93,8 @@ def backward(
     """
     dx: Float32 | None = None
     for layer, dout, cache, (dA, dB) in zip(layers, douts, caches, outs, strict=True):
+        if dA is None and not need_dx:
+            continue
         left = rows(dout, space.take("gradient", dout.shape, np.float64))
         part: Float32 | None = None
         if need_dx:

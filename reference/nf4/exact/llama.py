@@ -17,7 +17,7 @@ from nf4.model.llama import EMBEDDING, FINAL_NORM, HEAD, TARGETS, Batch, Llama
 
 Float32 = NDArray[np.float32]
 Trace = Callable[[str, NDArray[Any]], None]
-"""Is shown every intermediate under its name of NF4-15.4, as it is made."""
+"""Is shown every intermediate under its name of NF4-15.4, as it is made; the array is written over later."""
 
 
 @dataclass
@@ -50,6 +50,11 @@ class _Call:
     sin: Float32
     dropout: Dropout | None
     trace: Trace
+
+    def show(self, prefix: str = "", **arrays: Float32) -> None:
+        """Show arrays under these names."""
+        for name, array in arrays.items():
+            self.trace(f"{prefix}{name}", array)
 
 
 def silent(name: str, array: NDArray[Any]) -> None:
@@ -121,6 +126,7 @@ class ExactLlama:
     ) -> tuple[Float32, dict[str, Float32]]:
         bottom, count = self.model.lowest_adapted, self.config.num_hidden_layers
         x = self._embed(inputs)
+        call.show(x=x)
         kept_inputs: list[Float32] = []
         kept: list[_Kept] = []
         for index in range(count):
@@ -149,7 +155,9 @@ class ExactLlama:
             space = self._spaces.pop()
         except IndexError:
             space = self._rooms.workspace()
-        yield _Call(space, batch.lengths, cos, sin, dropout, trace)
+        call = _Call(space, batch.lengths, cos, sin, dropout, trace)
+        call.show(cos=cos, sin=sin)
+        yield call
         self._spaces.append(space)
 
     def _embed(self, inputs: Inputs) -> Float32:
@@ -162,7 +170,7 @@ class ExactLlama:
         name = EMBEDDING if self.config.tie_word_embeddings else HEAD
         norm, eps = self.model.vector(FINAL_NORM), self.config.rms_norm_eps
         found: tuple[Float32, Float32 | None] = self._rooms.head(
-            x, norm, eps, self.model.params[name], inputs, scale, call.space
+            x, norm, eps, self.model.params[name], inputs, scale, call.space, call.trace
         )
         return found
 
@@ -185,9 +193,14 @@ class ExactLlama:
             lora.update(zip(targets, found, strict=True))
             return outs
 
+        def show(**arrays: Float32) -> None:
+            if need_y:  # what is computed again has been shown
+                call.show(f"{index}.", **arrays)
+
         normed = space.take("normed", x.shape, np.float32)
         _, rstd = rooms.ops.rms_norm(x, layer.input_norm, config.rms_norm_eps, normed)
         q, k, v = linears(TARGETS[:3], normed, tuple(f"{c}{own}" for c in "qkv"))
+        show(normed1=normed, q=q, k=k, v=v)
         raw: dict[str, tuple[Float32, Float32]] = {}
         if layer.q_norm is not None and layer.k_norm is not None:
             by_head = (-1, config.head_dim)
@@ -195,40 +208,30 @@ class ExactLlama:
             normed_k, k_rstd = rooms.ops.rms_norm(k.reshape(by_head), layer.k_norm, config.rms_norm_eps)
             raw = {"q": (q.reshape(by_head), q_rstd), "k": (k.reshape(by_head), k_rstd)}
             q, k = normed_q.reshape(q.shape), normed_k.reshape(k.shape)
+            show(q_normed=q, k_normed=k)
         rooms.ops.rotate(q, call.cos, call.sin)
         rooms.ops.rotate(k, call.cos, call.sin)
+        show(q_turned=q, k_turned=k)
         mixed = space.take(f"mixed{own}", q.shape, np.float32)
         rooms.attention.attend(q, k, v, call.lengths, self.model.heads, layer.window, space, mixed)
         (middle,) = linears(("o_proj",), mixed, (f"middle{own}",))
         rooms.ops.add(middle, x)
+        show(mixed=mixed, middle=middle)
 
         _, middle_rstd = rooms.ops.rms_norm(middle, layer.post_norm, config.rms_norm_eps, normed)
         gate, up = linears(("gate_proj", "up_proj"), normed, (f"gate{own}", f"up{own}"))
         act = rooms.ops.swiglu(gate, up, space.take("act", gate.shape, np.float32))
+        show(normed2=normed, gate=gate, up=up, act=act)
         y = x
         if need_y:
             y = space.new(x.shape, np.float32)
             down = layer.linears["down_proj"]
             (lora["down_proj"],) = rooms.linear.forward([down], act, call.dropout, [y], space)
             rooms.ops.add(y, middle)
+            show(y=y)
         else:
             lora["down_proj"] = rooms.linear.project(
                 layer.linears["down_proj"], act, None, call.dropout, space
-            )
-        if need_y:
-            self._show(
-                index,
-                call,
-                q=q,
-                k=k,
-                v=v,
-                mixed=mixed,
-                middle=middle,
-                normed=normed,
-                gate=gate,
-                up=up,
-                act=act,
-                y=y,
             )
         if not keep:
             return y, None
@@ -268,6 +271,10 @@ class ExactLlama:
             )
             return dx
 
+        def show(**arrays: Float32) -> None:
+            call.show(f"{index}.", **arrays)
+
+        show(dy=dy)
         attention_trains = not is_bottom or layer.adapted(TARGETS[:4])
         act = rooms.ops.swiglu(kept.gate, kept.up, space.take("act", kept.gate.shape, np.float32))
         dact = linears(
@@ -276,15 +283,16 @@ class ExactLlama:
         if dact is None:
             return
         rooms.ops.swiglu_backward(dact, kept.gate, kept.up)  # kept.gate and kept.up now hold their gradients
-        self._show(index, call, dact=dact, dgate=kept.gate, dup=kept.up)
+        show(dact=dact, dgate=kept.gate, dup=kept.up)
         normed = space.take("normed", dy.shape, np.float32)
         rooms.ops.rms_scale(kept.middle, layer.post_norm, kept.middle_rstd, normed)
         dnormed = linears(("gate_proj", "up_proj"), (kept.gate, kept.up), normed, attention_trains)
         if dnormed is None:
             return
+        show(dnormed2=dnormed)
         rooms.ops.rms_norm_backward(dnormed, kept.middle, layer.post_norm, kept.middle_rstd)
         rooms.ops.add(dy, dnormed)
-        self._show(index, call, dmiddle=dy)
+        show(dmiddle=dy)
 
         dmixed = linears(("o_proj",), (dy,), kept.mixed, not is_bottom or layer.adapted(TARGETS[:3]))
         if dmixed is None:
@@ -292,9 +300,11 @@ class ExactLlama:
         dq, dk, dv = rooms.attention.attend_backward(
             dmixed, kept.q, kept.k, kept.v, call.lengths, self.model.heads, layer.window, space
         )
+        show(dmixed=dmixed, dq_turned=dq, dk_turned=dk, dv=dv)
         rooms.ops.rotate(dq, call.cos, call.sin, inverse=True)
         rooms.ops.rotate(dk, call.cos, call.sin, inverse=True)
         if layer.q_norm is not None and layer.k_norm is not None:
+            show(dq_normed=dq, dk_normed=dk)
             by_head = (-1, config.head_dim)
             dq = rooms.ops.rms_norm_backward(
                 dq.reshape(by_head), kept.raw["q"][0], layer.q_norm, kept.raw["q"][1]
@@ -303,14 +313,10 @@ class ExactLlama:
                 dk.reshape(by_head), kept.raw["k"][0], layer.k_norm, kept.raw["k"][1]
             )
             dq, dk = dq.reshape(kept.q.shape), dk.reshape(kept.k.shape)
-        self._show(index, call, dmixed=dmixed, dq=dq, dk=dk, dv=dv)
+        show(dq=dq, dk=dk)
         rooms.ops.rms_scale(kept.x, layer.input_norm, kept.rstd, normed)
         dnormed = linears(TARGETS[:3], (dq, dk, dv), normed, not is_bottom)
         if dnormed is not None:
+            show(dnormed1=dnormed)
             rooms.ops.rms_norm_backward(dnormed, kept.x, layer.input_norm, kept.rstd)
             rooms.ops.add(dy, dnormed)
-            self._show(index, call, dx=dy)
-
-    def _show(self, index: int, call: _Call, **arrays: Float32) -> None:
-        for name, array in arrays.items():
-            call.trace(f"{index}.{name}", array)

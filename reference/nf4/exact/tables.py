@@ -2,7 +2,7 @@
 
 from decimal import Decimal, localcontext
 from fractions import Fraction
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,14 @@ _DOUBT = 2.0**-49
 
 def rotation(config: LlamaConfig, lengths: tuple[int, ...]) -> tuple[Float32, Float32]:
     """cos and sin float32 [T, head_dim / 2] of packed sequences of these lengths (NF4-15.3)."""
-    tables = [_tables(config, n) for n in lengths]
-    return np.concatenate([cos for cos, _ in tables]), np.concatenate([sin for _, sin in tables])
+    tables = [(n, *_tables(*frequencies(config, n), 1 << max(n - 1, 0).bit_length())) for n in lengths]
+    cos, sin = [cos[:n] for n, cos, _ in tables], [sin[:n] for n, _, sin in tables]
+    return np.concatenate(cos), np.concatenate(sin)
 
 
-@cache
-def _tables(config: LlamaConfig, n: int) -> tuple[Float32, Float32]:
-    """Of positions 0 to n - 1 of a sequence of n."""
-    angles, factor = frequencies(config, n)
+@lru_cache(maxsize=32)
+def _tables(angles: tuple[Decimal, ...], factor: Decimal, n: int) -> tuple[Float32, Float32]:
+    """Of positions 0 to n - 1: for n the next power of two, tables of a few lengths serve all."""
     with localcontext(CONTEXT):
         turns = [angle / (2 * PI) for angle in angles]
         # In 64 bits multiples of 2^-64 of a turn wrap around as turns do; each position may add one of doubt.

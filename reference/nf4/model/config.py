@@ -142,7 +142,9 @@ class _Reader:
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.values.get(key, default)
+        value = self.values.get(key)
+        if value is None:
+            value = default
         if not isinstance(value, bool):
             raise InputError(f"{self.where}: {key} is {value!r}; it must be true or false")
         return value
@@ -160,7 +162,10 @@ def _windows(read: _Reader, kind: str, layers: int) -> tuple[int | None, ...]:
     window = read.count("sliding_window", _SLIDING_WINDOW[kind])
     types = values.get("layer_types")
     if types is None:
-        first = values.get("max_window_layers", _MAX_WINDOW_LAYERS)
+        first = values.get("max_window_layers")
+        first = _MAX_WINDOW_LAYERS if first is None else first
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise InputError(f"{read.where}: max_window_layers is {first!r}; it must be an integer")
         return tuple(window if i >= first else None for i in range(layers))
     if (
         not isinstance(types, list)
@@ -179,7 +184,7 @@ def _rope(read: _Reader, head_dim: int, max_positions: int) -> RopeConfig:
     if not isinstance(scaling, Mapping):
         raise InputError(f"{where}: rope_parameters is {scaling!r}; it must be an object")
     part = _Reader(scaling, f"{where} (rope_parameters)")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise InputError(
             f"{where}: rope_type {kind!r} is not supported; it must be one of {', '.join(ROPE_TYPES)}"

@@ -1,18 +1,21 @@
 """Rotary position embeddings and their scaling variants."""
 
 import math
-from decimal import Decimal, localcontext
+from decimal import Decimal, DivisionByZero, localcontext
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from nf4.errors import InputError
 from nf4.lora import Workspace
 from nf4.model.config import LlamaConfig, RopeConfig
 from nf4.reals import CONTEXT, PI
 
 Array = NDArray[Any]
+
+_MOST = 1 << 16  # of an angle or of the factor: beyond it a config is wrong, and digits run out
 
 
 def inverse_frequencies(config: LlamaConfig, length: int) -> tuple[NDArray[np.float64], float]:
@@ -24,14 +27,18 @@ def inverse_frequencies(config: LlamaConfig, length: int) -> tuple[NDArray[np.fl
 def frequencies(config: LlamaConfig, length: int) -> tuple[tuple[Decimal, ...], Decimal]:
     """The angle a position adds to each pair of a head, and a factor on cos and sin, to 60 digits (NF4-15.3).
 
-    length: positions in the sequence; "dynamic" and "longrope" change their frequencies with it.
+    length: positions in the sequence; "dynamic" and "longrope" change their frequencies with it. Raises
+    InputError for parameters that give no such numbers, or absurd ones.
     """
     rope = config.rope
     if rope.type == "dynamic":
         length = max(length, config.max_position_embeddings)
     else:  # of one cached answer, or two
         length = int(length > rope.original_max_position_embeddings)
-    return _frequencies(rope, config.head_dim, config.max_position_embeddings, length)
+    try:
+        return _frequencies(rope, config.head_dim, config.max_position_embeddings, length)
+    except DivisionByZero:
+        raise InputError(f"the RoPE parameters {rope} divide by 0 (NF4-15.3)") from None
 
 
 @cache
@@ -52,7 +59,9 @@ def _frequencies(
             plain, attention = _yarn(rope, plain, dim)
         elif rope.type == "longrope":
             plain, attention = _longrope(rope, plain, bool(length))
-        return tuple(plain), attention
+    if max(*plain, attention) > _MOST:
+        raise InputError(f"the RoPE parameters {rope} turn or scale by more than {_MOST} (NF4-15.3)")
+    return tuple(plain), attention
 
 
 def _llama3(rope: RopeConfig, plain: list[Decimal]) -> list[Decimal]:

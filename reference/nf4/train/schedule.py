@@ -8,6 +8,9 @@ from nf4.reals import CONTEXT, cosine
 
 SCHEDULES = ("constant", "linear", "cosine")
 
+# Rational cosines of fractions of a turn, by denominator: a rate of them may lie midway between two float64.
+_RATIONAL = {1: Fraction(1), 2: Fraction(-1), 3: Fraction(-1, 2), 4: Fraction(0), 6: Fraction(1, 2)}
+
 
 def learning_rate(step: int, *, steps: int, lr: float, schedule: str = "constant", warmup: int = 0) -> float:
     """Return the learning rate of a step, counted from 0, out of steps. NF4-10.6
@@ -27,6 +30,8 @@ def learning_rate(step: int, *, steps: int, lr: float, schedule: str = "constant
     after = max(1, steps - warmup)
     if schedule == "linear":
         return float(peak * max(Fraction(0), Fraction(steps - step, after)))
+    turns = Fraction(step - warmup, 2 * after) % 1
+    if turns.denominator in _RATIONAL:
+        return float(peak * (1 + _RATIONAL[turns.denominator]) / 2)
     with localcontext(CONTEXT):
-        turns = Decimal(step - warmup) / (2 * after)
-        return float(Decimal(lr) * (1 + cosine(turns)) / 2)
+        return float(Decimal(lr) * (1 + cosine(Decimal(turns.numerator) / turns.denominator)) / 2)

@@ -70,6 +70,21 @@ class GridBits(Plain):
         return min(24, (53 - math.floor(math.log2(max(k, 1)))) // 2)
 
 
+class LongProductOneGrid(Plain):
+    """A product has one grid however long it is, with the bits that its length leaves (NF4-14.2)."""
+
+    def product_pieces(self, k: int) -> list[slice]:
+        return [slice(0, k)]
+
+
+class PiecesAdded(Plain):
+    """The sums of a product's pieces are added as they are, in float64 (NF4-14.3)."""
+
+    def pieces_added(self, sums: Array) -> Array:
+        added: Array = sums.sum(1)
+        return added
+
+
 class ProductZeroSign(Plain):
     """A negative sum that rounds to zero gives -0 (NF4-14.3)."""
 
@@ -149,7 +164,7 @@ class EpsilonOutside(Plain):
 class SoftmaxGradientScaled(Plain):
     """The gradient of logits is (p - 1) s, of the rounded p (NF4-14.10)."""
 
-    def logit_gradient(self, powers: Array, norm: Array, hit: Array, scale: np.float32) -> Array:
+    def logit_gradient(self, powers: Array, norm: Array, hit: Array, scale: Array) -> Array:
         return self.kept(self.kept(self.probabilities(powers, norm) - hit) * scale)
 
 

@@ -47,14 +47,33 @@ class PlainExact(PlainTraining):
         near: Array = np.ldexp(self.nearest(np.ldexp(x.astype(np.float64), shift)), -shift)
         return near
 
+    def product_pieces(self, k: int) -> list[slice]:
+        """Where the terms of a product are cut (NF4-14.2)."""
+        return [slice(i, i + PIECE) for i in range(0, max(k, 1), PIECE)]
+
     def gridded(self, rows: Array) -> Array:
-        """The rows of an operand on their grids (NF4-14.2)."""
+        """The rows of a piece of an operand on their grids (NF4-14.2)."""
         self.check_finite("operand", rows.reshape(-1))
         return self.on_grid(rows, self.tops(rows), self.product_bits(rows.shape[1]))
 
     def product_sums(self, left: Array, right: Array) -> Array:
-        """S of NF4-14.3, of left [M, K] and right [N, K]."""
+        """S of a piece (NF4-14.3), of left [M, K] and right [N, K]."""
         return left @ right.T
+
+    def pieces_added(self, sums: Array) -> Array:
+        """S of several pieces, of their sums [n, pieces] (NF4-14.3)."""
+        return self.summed(sums)
+
+    def times(self, a: Array, b: Array) -> Array:
+        """The product of a [M, K] and b [K, N] (NF4-14.3)."""
+        sums = [
+            self.product_sums(self.gridded(a[:, piece]), self.gridded(b[piece].T))
+            for piece in self.product_pieces(a.shape[1])
+        ]
+        total = sums[0]
+        if len(sums) > 1:
+            total = self.pieces_added(np.stack(sums, axis=-1).reshape(-1, len(sums))).reshape(total.shape)
+        return self.plus_zero(self.single(total))
 
     def plus_zero(self, y: Array) -> Array:
         """A zero becomes +0 (NF4-14.3)."""
@@ -143,7 +162,7 @@ class PlainExact(PlainTraining):
         """r of the sums of squares [T] (NF4-14.9)."""
         return self.single(1.0 / np.sqrt(squares / n + eps))
 
-    def logit_gradient(self, powers: Array, norm: Array, hit: Array, scale: np.float32) -> Array:
+    def logit_gradient(self, powers: Array, norm: Array, hit: Array, scale: Array) -> Array:
         """The gradient of logits [T, V]; hit: 1 at the target (NF4-14.10)."""
         return self.kept(self.kept(powers * self.kept(scale / norm)) - hit * scale)
 
@@ -167,10 +186,9 @@ class PlainExact(PlainTraining):
         if len(shape) != 3 or min(shape) < 0:
             raise InputError(f"shape is {shape}; it must be M, K and N")
         m, k, n = shape
-        left = self.gridded(self.fitting("a", a, m * k).reshape(m, k))
-        right = self.gridded(self.fitting("b", b, k * n).reshape(k, n).T)
+        left, right = self.fitting("a", a, m * k), self.fitting("b", b, k * n)
         with np.errstate(all="ignore"):
-            return {"y": self.plus_zero(self.single(self.product_sums(left, right)))}
+            return {"y": self.times(left.reshape(m, k), right.reshape(k, n))}
 
     def exact_sum(self, x: Array, y: Array | None = None) -> Outputs:
         """NF4-14.4."""
@@ -242,17 +260,23 @@ class PlainExact(PlainTraining):
         kept = wanted != IGNORED
         if not kept.any() or any(not 0 <= t < vocabulary for t in wanted[kept]):
             raise InputError(f"targets {targets} have none, or one that is not in the vocabulary")
-        rows[~kept] = 0
-        hit = np.arange(vocabulary) == wanted[:, None]
-        scale = np.float32(1 / kept.sum())
+        losses, gradient = np.zeros(len(rows), np.float32), np.zeros_like(rows)
+        scales = np.full((int(kept.sum()), 1), 1 / kept.sum(), np.float32)
+        losses[kept], gradient[kept] = self.cross_entropies(rows[kept], wanted[kept], scales)
+        return {"losses": losses, "loss": self.mean_of(losses, wanted), "dlogits": gradient}
+
+    def cross_entropies(self, rows: Array, wanted: Array, scales: Array) -> tuple[Array, Array]:
+        """The losses of rows that have a target, and their gradients, scaled by scales [T, 1] (NF4-14.10)."""
+        hit = np.arange(rows.shape[1]) == wanted[:, None]
         with np.errstate(all="ignore"):
             powers, norm, top = self.row_terms(rows)
             picked = np.where(hit, rows - top, np.float32(0)).sum(1)
-            losses = np.where(kept, self.logarithm(norm[:, 0]) - picked, np.float32(0))
-            gradient = self.logit_gradient(powers, norm, hit.astype(np.float32), scale)
-        gradient[~kept] = 0
-        loss = self.summed(losses[None].astype(np.float64)) / self.target_count(wanted)
-        return {"losses": losses, "loss": loss, "dlogits": gradient}
+            losses = self.kept(self.logarithm(norm[:, 0]) - picked)
+            return losses, self.logit_gradient(powers, norm, hit.astype(np.float32), scales)
+
+    def mean_of(self, losses: Array, wanted: Array) -> Array:
+        """The loss of a step of rows (NF4-14.10)."""
+        return self.summed(losses[None].astype(np.float64)) / self.target_count(wanted)
 
     def exact_rotate(self, x: Array, cos: Array, sin: Array, head_dim: int, inverse: bool) -> Outputs:
         """NF4-14.11."""

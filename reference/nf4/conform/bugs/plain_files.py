@@ -12,7 +12,7 @@ import numpy as np
 
 from nf4.conform import reference
 from nf4.conform.bugs.plain_codec import Array, Outputs, dtype_of
-from nf4.conform.bugs.plain_exact import PlainExact
+from nf4.conform.bugs.plain_step import PlainStep
 from nf4.errors import InputError
 from nf4.formats.files import DTYPE_NAMES
 from nf4.formats.files import DTYPES as FILE_DTYPES
@@ -23,7 +23,7 @@ Tensors = dict[str, Array]
 STATE = ".quant_state.bitsandbytes__"
 
 
-class Plain(PlainExact):
+class Plain(PlainStep):
     """A port (NF4-13.3) written from the specification, for clarity, not from the reference.
 
     The methods named as operations are its port; those before them are the steps, each the work of the clause

@@ -21,19 +21,24 @@ def make(
     refused: str | None = None,
     output: Mapping[str, Any] | None = None,
     steps: Mapping[str, Any] | None = None,
+    traced: bool = False,
     tolerance: Mapping[str, float] | None = None,
 ) -> Vector:
     """Return a vector whose output is what the reference makes of fields (NumPy values by field).
 
     clauses, without their "NF4-", and flags are separated by spaces. refused is the sentence why the input
     must be refused; a ValueError says that the reference did otherwise. output is what is demanded where it
-    has a tolerance, and is known better than the reference computes it.
+    has a tolerance, and is known better than the reference computes it. traced: the vector has the steps that
+    the reference answers.
     """
     given = encode_input(operation, fields, slug)
     answer = None
     try:
         arguments = python_arguments(operation, decode_input(operation, given, slug))
-        answer = encode_output(operation, getattr(reference, operation)(**arguments), given, slug)
+        found = dict(getattr(reference, operation)(**arguments))
+        own = found.pop("steps", {})
+        answer = encode_output(operation, found, given, slug)
+        steps = own if traced else steps
     except InputError as error:
         if refused is None:
             raise ValueError(f"{slug}: the reference refuses it: {error}") from None

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nf4.conform.generate import arithmetic, codec, files, lora, models, nested, random, training
+from nf4.conform.generate import arithmetic, codec, files, lora, models, nested, random, step, training
 from nf4.conform.generate.schemas import schemas
 from nf4.conform.operations import OPERATIONS
 from nf4.conform.vectors import VECTORS, canonical
@@ -15,7 +15,7 @@ def contents() -> dict[str, bytes]:
     """Return the file of each operation that has vectors, and the schemas, by name."""
     vectors = [
         vector
-        for module in (codec, nested, random, lora, training, files, models, arithmetic)
+        for module in (codec, nested, random, lora, training, files, models, arithmetic, step)
         for vector in module.vectors()
     ]
     by_operation = {name: [v for v in vectors if v.operation == name] for name in OPERATIONS}

@@ -28,6 +28,7 @@ FLAGS = {
     "exact-product-subnormal": "FlushSubnormal GridShared",
     "exact-product-underflow": "FlushSubnormal ProductZeroSign",
     "exact-product-last-finite": "ProductOrder GridTies",
+    "exact-product-two-pieces": "LongProductOneGrid PiecesAdded",
     "exact-product-infinity": "NonFiniteAccepted",
     "exact-product-length": "LengthAccepted",
     "exact-sum-products": "GridMissing GridTies GridTruncated SumBits TermsRounded",
@@ -94,13 +95,20 @@ def _spread(slug: str, *shape: int) -> Float32:
     return spread
 
 
-def _product(slug: str, comment: str, a: Float32, b: Float32, clauses: str = "14.2 14.3") -> Vector:
+def _product(slug: str, comment: str, a: Float32, b: Float32, steps: bool = True) -> Vector:
     fields = {"a": a, "b": b, "shape": [*a.shape, b.shape[1]]}
-    steps = {
+    gridded = {
         "rows": grid.rows(a).values.astype(np.float32),
         "columns": grid.columns(b).values.astype(np.float32),
     }
-    return _vector("exact_product", f"exact-product-{slug}", clauses, comment, fields, steps=steps)
+    return _vector(
+        "exact_product",
+        f"exact-product-{slug}",
+        "14.2 14.3",
+        comment,
+        fields,
+        steps=gridded if steps else None,
+    )
 
 
 def _products() -> Iterator[Vector]:
@@ -161,6 +169,16 @@ def _products() -> Iterator[Vector]:
         "A sum at the last number that rounds to a finite one, and the first that does not.",
         _floats(LARGEST, 2.0**102, LARGEST, 2.0**103).reshape(2, 2),
         _floats(1, 1)[:, None],
+    )
+    a, b = np.zeros(4098, np.float32), np.zeros(4098, np.float32)
+    a[[0, 4096, 4097]] = _floats(-(2.0**-20), 1, 2.0**-21)
+    b[[0, 4096, 4097]] = _floats(2.0**-23, 1 + 2.0**-23, 2.0**-3)
+    yield _product(
+        "two-pieces",
+        "4098 terms: the sum of the first piece is lost on the grid of the second's, which is a tie.",
+        a[None],
+        b[:, None],
+        steps=False,
     )
     yield _product("k-1", "K is 1: one product, rounded once.", *drawn("k-1", 3, 1, 3))
     empty = np.zeros((0, 2), np.float32)

@@ -94,7 +94,7 @@ def _seed_rounded_twice(in_features: int, rank: int) -> int:
     raise AssertionError("no such seed")
 
 
-class _Layer:
+class Layer:
     """A LoRA layer with its inputs, as fields and as the float64 matrices that its clauses speak of."""
 
     def __init__(
@@ -184,7 +184,7 @@ def _forward() -> Iterator[Vector]:
     layout = "AdapterTransposed ScaleMissing"
 
     def forward(slug: str, clauses: str, comment: str, flags: str, **options: Any) -> Vector:
-        layer = _Layer(f"forward-{slug}", **options)
+        layer = Layer(f"forward-{slug}", **options)
         output = {"y": layer.y().astype(np.float32)}
         return make(
             "lora_forward",
@@ -290,7 +290,7 @@ def _forward() -> Iterator[Vector]:
         samples=(1_000_000,),
         **packed,
     )
-    plain = _Layer("forward-refused").fields
+    plain = Layer("forward-refused").fields
     for slug, change, why in (
         ("dropout", {"dropout": np.array([1.0])}, "p is 1."),
         ("alpha", {"alpha": np.array([math.inf])}, "alpha is infinite."),
@@ -319,7 +319,7 @@ def _forward() -> Iterator[Vector]:
 
 def _backward() -> Iterator[Vector]:
     def backward(slug: str, comment: str, flags: str, **options: Any) -> Vector:
-        layer = _Layer(f"backward-{slug}", **options)
+        layer = Layer(f"backward-{slug}", **options)
         output = _single(layer.gradients(layer.dout))
         fields = layer.fields | {"dout": layer.dout}
         return make(
@@ -397,7 +397,7 @@ def _lora_step() -> Iterator[Vector]:
         tolerance = options.pop("tolerance", None)
         # The first update moves by the sign of a gradient: none may be so near 0 that a tolerance turns it.
         for attempt in count():
-            layer = _Layer(f"step-{slug}-{attempt}", **options)
+            layer = Layer(f"step-{slug}-{attempt}", **options)
             value, dlogits = exact.cross_entropy(layer.y(), targets)
             found = layer.gradients(dlogits)
             if all(_smallest(found[name]) > 3e-4 for name in ("dA", "dB")):
