@@ -46,9 +46,14 @@ class Device(Protocol):
         arguments: Sequence[Any],
         *,
         shared: int = 0,
+        overlapping: bool = False,
         **defines: int,
     ) -> None:
-        """Launch a kernel; shared: bytes of dynamic shared memory."""
+        """Launch a kernel; shared: bytes of dynamic shared memory.
+
+        If overlapping, it may begin before the one that precedes it on the stream has ended, for whose end it
+        waits by itself.
+        """
 
     def multiply(
         self,
@@ -162,13 +167,17 @@ class Cuda:
         arguments: Sequence[Any],
         *,
         shared: int = 0,
+        overlapping: bool = False,
         **defines: int,
     ) -> None:
         """Launch a kernel on the current stream."""
-        from nf4_gpu.compile import kernel
+        from nf4_gpu.compile import kernel, launch_overlapping
 
         function = kernel(self._number, source, name, shared, **defines)
-        function(grid, (block,), arguments, shared_mem=shared, stream=self._streams[self._current])
+        if overlapping and self.capability >= 90:
+            launch_overlapping(function, grid, block, arguments, shared, self._streams[self._current].ptr)
+        else:
+            function(grid, (block,), arguments, shared_mem=shared, stream=self._streams[self._current])
 
     def multiply(
         self,

@@ -40,12 +40,36 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
                : "memory");
 }
 
+// The same to a shared_address, of what is read once: the L2 cache is told to drop it first.
+__device__ __forceinline__ void copy_once(u32 shared, const void* global, bool there) {
+  int bytes = there ? 16 : 0;
+  asm volatile(
+      "{.reg .b64 once; createpolicy.fractional.L2::evict_first.b64 once, 1.0;"
+      "cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, once;}" ::"r"(shared),
+      "l"(global), "r"(bytes)
+      : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most PENDING of this thread's groups are on their way.
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// From sm_90 on a launch may overlap the end of the one before it on the stream: it then begins when all thread blocks of that
+// one have called let_next_begin or ended. Until wait_for_previous a kernel reads only what none of its run writes.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 // Products of two pairs of bfloat16, each rounded.

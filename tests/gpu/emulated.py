@@ -106,6 +106,7 @@ class Emulated:
         arguments: Sequence[Any],
         *,
         shared: int = 0,
+        overlapping: bool = False,
         **defines: int,
     ) -> None:
         function = getattr(library(source, **defines), f"launch_{name}")

@@ -20,14 +20,14 @@ from nf4_gpu.model import ops
 from nf4_gpu.model.llama import Network, Pass
 from nf4_gpu.model.weights import GROUPS
 
-SOURCE = "model/generate.cu"
+SOURCE, VECTOR = "model/generate.cu", "model/vector.cu"
 _CODES, _BF16 = range(2)  # KIND
 _PLAIN, _NORM, _SWIGLU = range(3)  # PROLOGUE
 _GROUP = {_CODES: 16, _BF16: 32}  # rows that a thread block takes at a time
-_SPAN = {_CODES: 128, _BF16: 1024}  # columns that the vector is padded to
-_THREADS, _RESIDENT = 256, {_CODES: 3, _BF16: 2}
-_MOST_GROUPS = 16  # of rows of codes that a thread block takes
-_TABLE = 32 << 10  # bytes of shared memory
+_SPAN = {_CODES: 256, _BF16: 1024}  # columns that the vector is padded to
+_WARPS, _RESIDENT = 8, 2  # of rows in bfloat16: warps of a thread block, and thread blocks at a time
+_STAGE = 16 * 256 // 2  # bytes of codes on their way to a warp
+_STATIC = 2048  # bytes of shared memory at most that a kernel has unasked
 _PARTS = 16  # of the positions that attention takes side by side
 _BLOCKS = 128  # of take_likeliest
 _LOG2E = 1.4426950408889634
@@ -41,15 +41,15 @@ _NARROW = np.dtype([("from", "<u8"), ("ranks", "<i4"), ("start", "<i4"), ("wide"
 
 @dataclass(frozen=True)
 class _Launch:
-    """Rows of one kind: addresses and counts of their jobs and adapters."""
+    """Rows of one kind: addresses and counts of their jobs and adapters, and the rows of these."""
 
     kind: int
     jobs: int
     count: int
     groups: int
     adapters: int = 0
-    adapter_count: int = 0
     narrow: int = 0
+    small_blocks: bool = False  # whether some rows are in blocks of 32
 
 
 class Cache:
@@ -138,12 +138,12 @@ class Decoder:
                 at = self._narrow_memory + first * _NARROW.itemsize
                 # Each launch makes z anew: there is but one where all the weights are of one kind.
                 found[key] = [
-                    self._add(jobs, kind, part, at, len(narrow) - first, ranks) for (kind, _, _), part in rows.items()
+                    self._add(jobs, kind, part, at, ranks) for (kind, _, _), part in rows.items()
                 ]
             self._launches.append(found)
         head = np.zeros((), _ROWS)
         head["from"], head["rows"], head["y"] = network.table.address, config.vocab_size, self._at["logits"]
-        self._head = self._add(jobs, _BF16, [head], 0, 0, 0)
+        self._head = self._add(jobs, _BF16, [head], 0, 0)
         self._put("", np.array(jobs, _ROWS), self._job_memory)
         if narrow:
             self._put("", np.array(narrow, _NARROW), self._narrow_memory)
@@ -156,14 +156,15 @@ class Decoder:
         self._stepped: set[bool] = set()
 
     def _add(
-        self, jobs: list[Any], kind: int, part: list[Any], adapters: int, adapter_count: int, narrow: int
+        self, jobs: list[Any], kind: int, part: list[Any], adapters: int, narrow: int
     ) -> _Launch:
         first, groups = self._job_memory + len(jobs) * _ROWS.itemsize, 0
         for job in part:
             job["first"] = groups
             groups += -(-int(job["rows"]) // _GROUP[kind])
             jobs.append(job)
-        return _Launch(kind, first, len(part), groups, adapters, adapter_count, narrow)
+        small = any(int(job["block_shift"]) < 6 for job in part)
+        return _Launch(kind, first, len(part), groups, adapters, narrow, small)
 
     # ---- a sequence --------------------------------------------------------------------------------------
 
@@ -299,24 +300,29 @@ class Decoder:
         pitch: int | None = None,
         add: bool = False,
     ) -> None:
-        kind = launch.kind
-        shared = round_up(columns, _SPAN[kind]) * 2 + (_TABLE if kind == _CODES else 0)
-        blocks = min(launch.groups, _RESIDENT[kind] * self._device.processors)
+        kind, device = launch.kind, self._device
+        shared = 2 * round_up(columns, _SPAN[kind])
+        warps, resident = _WARPS, _RESIDENT
+        defines = {"DTYPE": ops.BFLOAT16, "KIND": kind, "PROLOGUE": prologue}
         if kind == _CODES:
-            blocks = max(blocks, -(-launch.groups // _MOST_GROUPS))
-        grid = launch.narrow + blocks
-        self._device.launch(
-            SOURCE,
+            warps, table_row, stages, shared = _shared_memory(shared, device.shared_memory)
+            resident = 1
+            defines |= {"WARPS": warps, "TABLE_ROW": table_row, "STAGES": stages, "HALVES": int(columns % 64 != 0 or launch.small_blocks)}
+        narrow_blocks = -(-launch.narrow // warps)
+        most = max(resident * device.processors - narrow_blocks, 1)
+        device.launch(
+            VECTOR,
             "multiply_vector",
-            (grid,),
-            _THREADS,
+            (narrow_blocks + min(launch.groups, most),),
+            32 * warps,
             (
-                launch.jobs, launch.count, launch.groups, launch.adapters, launch.adapter_count, launch.narrow,
+                launch.jobs, launch.count, launch.groups, launch.adapters, launch.narrow, narrow_blocks,
                 self._at[x], columns, pitch or columns, norm[0], np.float32(norm[1]), self._at["z"],
                 self._at["ready"], add,
             ),
             shared=shared,
-            **self._defines(kind, prologue),
+            overlapping=True,
+            **defines,
         )  # fmt: skip
 
     def _attend(self, i: int) -> None:
@@ -335,6 +341,7 @@ class Decoder:
                 heads.cosines, heads.sines, heads.window, np.float32(_LOG2E / math.sqrt(heads.dim)), *weights,
                 np.float32(eps), self._at["mixed"], self._at["partial"], self._at["counters"],
             ),
+            overlapping=True,
             **self._defines(),
         )  # fmt: skip
 
@@ -353,16 +360,14 @@ class Decoder:
             at["counter"],
         )  # fmt: skip
         self._device.launch(
-            SOURCE, "take_likeliest", (_BLOCKS,), 256, arguments,
+            SOURCE, "take_likeliest", (_BLOCKS,), 256, arguments, overlapping=True,
             **self._defines(),
         )  # fmt: skip
 
-    def _defines(self, kind: int = _CODES, prologue: int = _PLAIN) -> dict[str, int]:
+    def _defines(self) -> dict[str, int]:
         config = self.network.config
         return {
             "DTYPE": ops.BFLOAT16,
-            "KIND": kind,
-            "PROLOGUE": prologue,
             "GROUP": config.num_attention_heads // config.num_key_value_heads,
             "DIM": config.head_dim,
             "QK_NORM": int(config.qk_norm),
@@ -389,6 +394,24 @@ class Decoder:
         array = np.ascontiguousarray(array)
         self._device.copy(address or self._at[name], array.ctypes.data, array.nbytes)
         self._device.synchronize()
+
+
+def _shared_memory(vector: int, there: int) -> tuple[int, int, int, int]:
+    """Return a product's warps, the bytes of a row of its table, the stages of a ring, and the shared memory then.
+
+    vector: bytes of the vector that a launch reads; there: bytes that a thread block may have.
+    """
+    for warps, table_row, stages in (
+        (16, 256, 4), (16, 256, 3), (16, 256, 2), (8, 128, 3), (8, 128, 2), (4, 64, 2),
+    ):  # fmt: skip
+        sums = warps * 16 * (warps + 1) * 4
+        need = 256 * table_row + warps * stages * _STAGE + vector + 256 + sums
+        if need + _STATIC <= there:
+            return warps, table_row, stages, need
+    raise InputError(
+        f"generation on the GPU takes a width of {vector // 2} only where a thread block may have more than the "
+        f"{there} bytes of shared memory that it may have on this one"
+    )
 
 
 def generate(

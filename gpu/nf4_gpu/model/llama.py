@@ -198,10 +198,7 @@ class Network:
         logits_row = 2 * round_up(self.padded, 64)
         whole = logits_row * limits.rows
         size = max(self.weights.written_bytes, min(LOGITS_BYTES, whole), logits_row)
-        self._logits_rows = min(limits.rows, size // logits_row)
-        if self._logits_rows < limits.rows:  # chunks of like size
-            chunks = -(-limits.rows // self._logits_rows)
-            self._logits_rows = min(self._logits_rows, round_up(-(-limits.rows // chunks), 64))
+        self._logits_rows = _chunk(limits.rows, size // logits_row, hidden, processors)
         shared = arena.take("buffers", size)
         self.weights.write_at(shared)
         self._logits = Matrix(shared, self._logits_rows, self.padded, logits_row // 2, BFLOAT16)
@@ -843,6 +840,21 @@ def check_supported(config: LlamaConfig) -> None:
 def _tail(matrix: Matrix, columns: int, group: Group) -> Matrix:
     """The narrow columns beside a group's input or output."""
     return matrix.part(columns=slice(columns, columns + group.narrow))
+
+
+def _chunk(rows: int, most: int, width: int, processors: int) -> int:
+    """Return how many of so many rows to take at a time, at most `most`.
+
+    The product with results of that width, in tiles of 128 x 256, shall leave few processors idle.
+    """
+    if rows <= most:
+        return rows
+
+    def rounds(chunk: int) -> int:
+        tiles = [-(-part // 128) * -(-width // 256) for part in (chunk, rows % chunk)]
+        return rows // chunk * -(-tiles[0] // processors) + -(-tiles[1] // processors)
+
+    return min(range(most // 128 * 128, 0, -128), key=rounds, default=most)
 
 
 def _over(matrix: Matrix, columns: int, tail: int) -> Matrix | None:

@@ -34,13 +34,16 @@ class Timed(Cuda):
         arguments: Sequence[Any],
         *,
         shared: int = 0,
+        overlapping: bool = False,
         **defines: int,
     ) -> None:
         """Launch a kernel."""
         sizes = " x ".join(map(str, grid))
         label = f"{name} {sizes}"
         with self._timed(label, 0.0):
-            super().launch(source, name, grid, block, arguments, shared=shared, **defines)
+            super().launch(
+                source, name, grid, block, arguments, shared=shared, overlapping=overlapping, **defines
+            )
 
     def multiply(self, a: Matrix, b: Matrix, out: Matrix, **options: Any) -> None:
         """Launch a product."""

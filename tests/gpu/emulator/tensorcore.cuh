@@ -72,6 +72,10 @@ inline void copy_async(void* shared, const void* global, bool there = true) {
   my_copies().back().push_back({shared, global, there});
 }
 
+inline void copy_once(u32 shared, const void* global, bool there) {
+  copy_async(emulation::dynamic_shared + shared, global, there);
+}
+
 inline void commit_copies() { my_copies().emplace_back(); }
 
 template <int PENDING>
@@ -84,6 +88,9 @@ inline void wait_copies() {
     mine.erase(mine.begin());
   }
 }
+
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
 
 inline u32 multiply_pairs(u32 a, u32 b) {
   return (u32)narrow(bf16_at(a, 1) * bf16_at(b, 1)) << 16 | narrow(bf16_at(a, 0) * bf16_at(b, 0));
