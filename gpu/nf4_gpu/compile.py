@@ -4,15 +4,17 @@ CuPy's own RawModule flushes subnormals whatever it is told, so it is not used: 
 specification's arithmetic (NF4-1.1, NF4-1.2).
 """
 
+import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import cupy
+import numpy as np
 from cupy_backends.cuda.api import driver
 from cupy_backends.cuda.libs import nvrtc
 from nf4.errors import InputError
@@ -27,10 +29,12 @@ OPTIONS = (
     "-default-device",
     "--ptxas-options=--verbose",  # registers, shared memory and spills, in the log
 )
-OF_ONE_ARCHITECTURE = frozenset(("hopper_many.cu",))
+FUSED = frozenset(f"model/{name}.cu" for name in ("attention", "attention90", "generate", "lora", "norm", "ops", "rope", "vector"))
+"""Sources whose products and sums may be fused: they only need speed, and carry a tolerance."""
+OF_ONE_ARCHITECTURE = frozenset(("hopper_many.cu", "model/attention90.cu"))
 """Sources with instructions that no other architecture has: compiled for sm_90a."""
 OLDEST = 75
-_SHARED_BY_DEFAULT = 48 << 10
+_SHARED_BY_DEFAULT = 16 << 10
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 
 
@@ -45,7 +49,7 @@ def compile_kernels(
     headers = sorted(ROOM.rglob("*.cuh"))
     own = "a" if source in OF_ONE_ARCHITECTURE else ""
     given = (f"--gpu-architecture={kind}_{arch}{own}", *(f"-D{k}={v}" for k, v in defines.items()))
-    options = (*OPTIONS, *given)
+    options = (*options_of(source), *given)
     program = nvrtc.createProgram(
         text, source, tuple(h.read_bytes() for h in headers), tuple(_name(h) for h in headers)
     )
@@ -64,6 +68,13 @@ def _name(header: Path) -> bytes:
     return header.relative_to(ROOM).as_posix().encode()
 
 
+def options_of(source: str) -> tuple[str, ...]:
+    """Return the compiler's options for a source, but for architecture and defines."""
+    if source not in FUSED:
+        return OPTIONS
+    return tuple("--fmad=true" if option == "--fmad=false" else option for option in OPTIONS)
+
+
 @cache
 def kernel(device: int, source: str, name: str, shared: int = 0, **defines: int) -> Any:
     """Return the kernel of that name, compiled with the defines, on the device.
@@ -72,9 +83,55 @@ def kernel(device: int, source: str, name: str, shared: int = 0, **defines: int)
     older than sm_75.
     """
     function = _module(device, source, **defines).get_function(name)
-    if shared > _SHARED_BY_DEFAULT:
+    if shared > _SHARED_BY_DEFAULT:  # with what is static it may not exceed 48 KB unasked
         driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
     return function
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 6),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+_OVERLAPPING = _Attribute(6, 0, (ctypes.c_int * 16)(1))  # programmatic stream serialization
+
+
+def launch_overlapping(
+    function: Any, grid: tuple[int, ...], block: int, arguments: Sequence[Any], shared: int, stream: int
+) -> None:
+    """Launch a kernel that may begin before the one that precedes it on the stream has ended. From sm_90 on.
+
+    arguments: integers, booleans and NumPy scalars.
+    """
+    values = (ctypes.c_uint64 * len(arguments))()
+    for i, argument in enumerate(arguments):
+        memory = np.asarray(argument)
+        ctypes.memmove(ctypes.addressof(values) + 8 * i, memory.ctypes.data, memory.dtype.itemsize)
+    first = ctypes.addressof(values)
+    pointers = (ctypes.c_void_p * len(arguments))(*range(first, first + 8 * len(arguments), 8))
+    sizes = (ctypes.c_uint * 6)(*grid, *[1] * (3 - len(grid)), block, 1, 1)
+    config = _Config(sizes, shared, stream, ctypes.addressof(_OVERLAPPING), 1)
+    status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None)
+    if status:
+        raise RuntimeError(f"a launch failed with CUDA status {status}")
+
+
+@cache
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 @cache
@@ -98,7 +155,7 @@ def cache_directory() -> Path:
 
 
 def _cached(source: str, arch: int, defines: Mapping[str, int]) -> bytes:
-    key = hashlib.sha256(repr((nvrtc.getVersion(), OPTIONS, arch, sorted(defines.items()))).encode())
+    key = hashlib.sha256(repr((nvrtc.getVersion(), options_of(source), arch, sorted(defines.items()))).encode())
     for path in [ROOM / source, *sorted(ROOM.rglob("*.cuh"))]:
         key.update(path.read_bytes())
     file = cache_directory() / f"{Path(source).stem}-{key.hexdigest()[:32]}.cubin"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cupy
+import numpy as np
 from cupy.cuda import runtime
 from nf4.errors import InputError
 from nf4.ranks import Ranks
@@ -50,6 +51,11 @@ class Nccl:
         for rank, array in receives:
             self._comm.recv(array.data.ptr, array.size, kind, rank, stream)
         self._nccl.groupEnd()
+
+    def sum(self, address: int, count: int, dtype: np.dtype[Any], stream: int) -> None:
+        """Replace float32 or float64 on all GPUs by their sum, the same bits on all."""
+        kind = self._nccl.NCCL_FLOAT32 if dtype == np.float32 else self._nccl.NCCL_FLOAT64
+        self._comm.allReduce(address, address, count, kind, self._nccl.NCCL_SUM, stream)
 
 
 def _nccl() -> Any:

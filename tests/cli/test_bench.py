@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from launchers import Mpi
 from nf4.bench import codec, machine, train
 from nf4.cli.bench import show_cuda
 from nf4.errors import InputError
@@ -138,8 +139,9 @@ def test_a_gpu_that_is_not_there(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
         raise ImportError("nf4_gpu needs an NVIDIA GPU")
 
     monkeypatch.setattr("nf4_gpu.arrays.require_gpu", none)
-    assert "--device cuda: nf4_gpu needs an NVIDIA GPU" in run("bench", "--device", "cuda", exit_code=2)
-    assert "runs on the CPU" in run("bench", "train", "--device", "cuda", exit_code=2)
+    for what in ("codec", "train"):
+        said = run("bench", what, "--device", "cuda", exit_code=2)
+        assert "--device cuda: nf4_gpu needs an NVIDIA GPU" in said
 
 
 def test_the_tables_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,3 +156,21 @@ def test_the_tables_of_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "x W^T, 1 row, double" in shown
     for figure in ("50.0", "0.700", "160.0", "3.20", "12.0"):
         assert figure in shown
+
+
+def test_ranks_are_measured_beside_one(tmp_path: Path, tiny_model: Callable[..., Path], mpich: Mpi) -> None:
+    model = tiny_model(tmp_path / "model", max_position_embeddings=512)
+    arguments = ("bench", "train", "--model", model, "--rounds", 1, "--exact", "--json", "-")
+    done = mpich.nf4(2, *arguments)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["benchmark"], report["ranks"], report["hosts"], report["exact"]) == ("ranks", 2, 1, True)
+    (row,) = report["results"]
+    assert row["batch"] == [8, 256]
+    assert row["same_bits"]
+    assert row["losses"]["one"] == row["losses"]["all"]
+    assert row["speed_up"] == row["seconds"]["one"] / row["seconds"]["all"]
+    assert row["overhead_seconds"] == row["seconds"]["all"] - row["seconds"]["share"]
+    refused = mpich.nf4(2, "bench", "codec")
+    assert refused.returncode == 2
+    assert refused.stderr.count("nf4: ranks measure  nf4 bench train, without a peer") == 1

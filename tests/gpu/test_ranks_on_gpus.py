@@ -1,5 +1,7 @@
 """Ranks of several GPUs: each has its own, and the exact mode's bits are those of one, or of none."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 from in_threads import on_threads
-from launchers import found
+from launchers import Mpi, found
 from nf4.errors import InputError
 from nf4.ranks import ALONE, Ranks
 from nf4_gpu import ranks as gpu_ranks
@@ -115,3 +117,47 @@ def test_two_gpus_end_in_the_bits_of_one_and_of_none(
     assert done.returncode == 0, done.stderr
     adapters = [(tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("cpu", "cuda", "two")]
     assert adapters[0] == adapters[1] == adapters[2]
+
+
+EMULATED = """
+import hashlib, json, sys
+sys.path.insert(0, sys.argv.pop(1))
+import numpy as np
+from emulated import Emulated
+from nf4.formats.checkpoint import QuantizeOptions, load_model
+from nf4.model.llama import Llama
+from nf4.ranks import started
+from nf4.train.data import Example
+from nf4.train.finetune import FinetuneOptions, new_adapters
+from nf4_gpu.train import run
+options = FinetuneOptions("", "", "", rank=4, dropout=0.1, batch_size=2, seq_len=24, device="cuda")
+base, ranks = load_model(sys.argv[1], quantize=QuantizeOptions()), started()
+model = Llama(base.config, base.params, new_adapters(base, options))
+ids = np.random.default_rng(0).integers(0, 256, (12, 25)).astype(np.int32)
+examples = [Example(row[: 24 - i], row[1 : 25 - i]) for i, row in enumerate(ids)]
+engine = run.engine(model, options, 24, 0, ranks, device=Emulated())
+found = []
+for step in range(3):
+    places = [range(4 * step + i, 4 * step + i + 2) for i in (0, 2)]
+    update = engine.step([([examples[i] for i in part], part) for part in places], 1e-2)
+    found.append([update.loss, update.norm, update.tokens])
+found.append([engine.evaluate(examples[:3])])
+engine.store()
+bits = hashlib.sha256(b"".join(p.tobytes() for p in engine.optimizer.params.values())).hexdigest()
+assert len(set(ranks.gather((bits, str(found))))) == 1  # the same on all
+if ranks.rank == 0:
+    print(json.dumps(found))
+"""
+
+
+def test_the_fast_engine_shares_a_step(tmp_path: Path, tiny_model: Callable[..., Path], mpich: Mpi) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ to compile the kernels for this processor")
+    model, results = tiny_model(tmp_path / "model"), []
+    for ranks in (1, 2, 3):
+        done = mpich.python(ranks, "-c", EMULATED, Path(__file__).parent, model)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    for other in results[1:]:
+        for one, two in zip(results[0], other, strict=True):
+            assert one == pytest.approx(two, rel=1e-6)

@@ -1,1 +1,1 @@
-"""Training on the device."""
+"""Training on the device: memory, the optimizer, the engine of a run."""

@@ -12,14 +12,15 @@ from nf4.errors import InputError
 from nf4.exact.grid import PIECE, NotFiniteError, total
 from nf4.exact.ops import mean_loss
 from nf4.lora import LoRA
+from nf4.model.generate import LanguageModel
 from nf4.model.llama import Llama
 from nf4.ranks import ALONE, Ranks
 from nf4.train.adamw import AdamW, clip_factor
 from nf4.train.data import Example
 from nf4.train.engine import MicroBatch, Update
-from nf4.train.exact import count_tokens, rows_of_all
+from nf4.train.exact import rows_of_all
 from nf4.train.shares import PairwiseSum, cut, share, total_of_ranks
-from nf4.train.step import count_targets, make_batch
+from nf4.train.step import count_targets, count_tokens, make_batch
 from numpy.typing import NDArray
 
 from nf4_gpu.arrays import KINDS
@@ -57,6 +58,7 @@ class ExactEngine:
                 f"--device cuda: this GPU is of compute capability {arch / 10}; exact training needs 8.0"
             )
         self.optimizer = AdamW(model.trainable("lora"), weight_decay=weight_decay)
+        self._host = model
         self._batch_size, self._max_grad_norm = batch_size, max_grad_norm
         self._checkpointing, self._seed, self._ranks = checkpointing, seed, ranks
         self._exchange = Nccl(ranks).exchange if ranks.size > 1 else ranks.exchange
@@ -145,6 +147,16 @@ class ExactEngine:
                 part = examples[start : start + self._batch_size]
                 losses.append(self._model.losses(make_batch(part, range(len(part)))))
             return self._read(losses)
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The host's model with the adapters as they are now, in the fast mode's arithmetic."""
+        self.store()
+        return self._host
+
+    def remarks(self) -> Sequence[str]:
+        """Return nothing."""
+        return ()
 
     def load(self) -> None:
         """Take over the arrays and states that the optimizer holds."""

@@ -10,8 +10,11 @@ from rich.table import Table
 
 from nf4.cli.output import print_json, size
 from nf4.errors import InputError
+from nf4.ranks import started
+from nf4.train.gpu import gpu
 
 PEERS = {"codec": "bitsandbytes", "train": "peft"}
+_TIMELINE = 24  # lines of each
 
 
 @click.command("bench")
@@ -22,12 +25,16 @@ PEERS = {"codec": "bitsandbytes", "train": "peft"}
     type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="Where the codec runs.",
+    help="Where our side runs, and the peer's.",
 )
 @click.option(
-    "--rounds", type=click.IntRange(1), help="Rounds after warm-up.  [default: codec 9, on cuda 20, train 2]"
+    "--rounds", type=click.IntRange(1), help="Rounds after warm-up.  [default: codec 9, on cuda 20; train 2]"
 )
-@click.option("--model", type=click.Path(path_type=Path), help="Train on this model, not on random weights.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="Train on this model, not on random weights; on cuda the rows of 135M, 1.2B or 8B alone.",
+)
 @click.option("--exact", is_flag=True, help="Measure exact training (NF4-15), too.")
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the report here; - prints it."
@@ -46,7 +53,9 @@ def command(
     codec: float32 4096 x 4096 in blocks of 64, plain and double-quantized; on cuda bfloat16 of three shapes,
     and products with the weight. train: a model of SmolLM2-135M's shape in NF4 with double quantization, r 8
     on all linear layers, 4 x 256 tokens, float32, AdamW. Both sides run with their own default number of
-    threads.
+    threads. train on cuda: Llama-shaped models of 135M, 1.2B and 8B parameters, r 16, bfloat16, with the floor
+    that arithmetic and memory set, a timeline, and generation. Under mpirun, train measures rank 0 alone and
+    all ranks in turn, 4 x 256 tokens a rank; on cuda 1.2B at 4 x 1024 and 8B at 4 x 2048.
     """
     if against is not None and PEERS[what] != against:
         raise InputError(f"nf4 bench {what} runs against {PEERS[what]}, not {against}")
@@ -54,18 +63,36 @@ def command(
         raise InputError("--model is for  nf4 bench train; the codec is measured on random weights")
     if what == "codec" and exact:
         raise InputError("--exact is for  nf4 bench train; the codec is exact in every case")
-    if device == "cuda":
-        if what != "codec":
-            raise InputError("--device cuda is for the codec; nf4 bench train runs on the CPU")
-        try:
-            from nf4_gpu.arrays import require_gpu
+    ranks = started()
+    if ranks.size > 1:
+        if what == "codec" or against is not None:
+            raise InputError("ranks measure  nf4 bench train, without a peer; start what else by itself")
+        from nf4.bench import ranks as shared
 
-            require_gpu()
-        except ImportError as error:
-            raise InputError(f"--device cuda: {error}") from error
-        from nf4_gpu import bench
+        if device == "cuda":
+            ranks.each(gpu).take_device(ranks)
+            from nf4_gpu.train import bench as training
 
-        report = bench.run(rounds or 20, against)
+            cases = training.cases(None if model is None else str(model), exact)
+            report = {"gpu": training.gpu_name(), **shared.run(cases, ranks, rounds or 2, exact)}
+        else:
+            report = shared.run(shared.processors(model, exact), ranks, rounds or 2, exact)
+        if ranks.rank:
+            return
+    elif device == "cuda":
+        gpu()
+        if what == "codec":
+            from nf4_gpu import bench
+
+            report = bench.run(rounds or 20, against)
+        else:
+            if rounds is not None:
+                raise InputError(
+                    "--rounds is not for  nf4 bench train --device cuda: it measures seven steps"
+                )
+            from nf4_gpu.train import bench as training
+
+            report = training.run(against, None if model is None else str(model))
     elif what == "codec":
         from nf4.bench import codec
 
@@ -96,6 +123,12 @@ def show(report: dict[str, Any]) -> None:
     click.echo(versions)
     if report["benchmark"] == "cuda":
         show_cuda(report)
+        return
+    if report["benchmark"] == "train on cuda":
+        show_training(report)
+        return
+    if report["benchmark"] == "ranks":
+        show_ranks(report)
         return
     codec = report["benchmark"] == "codec"
     table = Table(show_edge=False)
@@ -153,3 +186,70 @@ def show_cuda(report: dict[str, Any]) -> None:
         seconds = result["seconds"]
         table.add_row(name, *(f"{seconds[side] * 1e6:.1f}" if side in seconds else "" for side in sides))
     Console().print(table)
+
+
+def show_training(report: dict[str, Any]) -> None:
+    """Print a row a measurement: time, memory, floor, ratios; then where the time of each goes."""
+    found = report["ceilings"]
+    click.echo(
+        f"{report['gpu']}; a copy runs at {found['copy_bytes_per_second'] / 1e12:.2f} TB/s, a product at "
+        f"{found['product_operations_per_second'] / 1e12:.0f} TFLOP/s"
+    )
+    table = Table(show_edge=False)
+    columns = ["", "ms", "GiB", "floor, ms", "reached"]
+    if report["against"]:
+        columns += [f"{report['against']}, ms", "GiB", "ratio"]
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for result in report["results"]:
+        ours, peer = result["nf4"], result.get(report["against"])
+        if "tokens_per_second" in ours:
+            floor = ours["bytes"] / found["copy_bytes_per_second"]
+            rate = ours["tokens_per_second"]
+            cells = [f"{1e3 / rate:.2f}", "", f"{1e3 * floor:.2f}", f"{floor * rate:.2f}"]
+            if peer:
+                cells += [
+                    f"{1e3 / peer['tokens_per_second']:.2f}",
+                    "",
+                    f"{rate / peer['tokens_per_second']:.2f}",
+                ]
+        else:
+            floor = ours["floor_seconds"]
+            cells = [f"{1e3 * ours['seconds']:.2f}", f"{ours['peak_bytes'] / 2**30:.2f}"]
+            cells += [f"{1e3 * floor:.2f}", f"{floor / ours['seconds']:.2f}"]
+            if peer and "seconds" in peer:
+                cells += [f"{1e3 * peer['seconds']:.2f}", f"{peer['peak_bytes'] / 2**30:.2f}"]
+                cells.append(f"{peer['seconds'] / ours['seconds']:.2f}")
+        table.add_row(result["row"], *cells)
+    Console(width=140).print(table)
+    for result in report["results"]:
+        click.echo(f"\n{result['row']}, one by one:")
+        for row in result["nf4"]["timeline"][:_TIMELINE]:
+            rate = f", {row['flops'] / 1e12:.0f} TFLOP/s" if row["flops"] else ""
+            click.echo(f"  {1e3 * row['seconds']:9.3f} ms  {row['count']:4} x {row['what']}{rate}")
+
+
+def show_ranks(report: dict[str, Any]) -> None:
+    """Print a row a case: the step on one rank and on all, and what sharing it costs."""
+    what = "exact" if report["exact"] else "fast"
+    click.echo(
+        f"{report.get('gpu', 'processors')}; {report['ranks']} ranks on {report['hosts']} hosts, "
+        f"{report['threads'][0]} threads each; {what} mode; medians of {report['rounds']} rounds"
+    )
+    table = Table(show_edge=False)
+    columns = ["", "one rank, ms", "tokens/s", f"{report['ranks']} ranks, ms", "tokens/s", "speed-up"]
+    for i, column in enumerate([*columns, "over a share's, ms", "adapter"]):
+        table.add_column(column, justify="right" if i else "left", no_wrap=not i)
+    for row in report["results"]:
+        seconds, rates = row["seconds"], row["tokens_per_second"]
+        table.add_row(
+            row["case"],
+            f"{1e3 * seconds['one']:.1f}",
+            f"{rates['one']:.0f}",
+            f"{1e3 * seconds['all']:.1f}",
+            f"{rates['all']:.0f}",
+            f"{row['speed_up']:.3f}",
+            f"{1e3 * row['overhead_seconds']:.1f}",
+            "same bits" if row["same_bits"] else "other bits",
+        )
+    Console(width=140).print(table)

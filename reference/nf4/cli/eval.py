@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
-from nf4.cli.model import open_model, weight_options
+from nf4.cli.model import device_option, open_model, weight_options
 from nf4.cli.output import json_option, print_json
 from nf4.errors import CheckFailed
 from nf4.parallel import worker_threads
 from nf4.train.data import IGNORE, LOSS_ON, load_data
+from nf4.train.gpu import gpu
 from nf4.train.step import evaluate
 
 
@@ -25,6 +26,7 @@ from nf4.train.step import evaluate
 )
 @click.option("--loss-on", type=click.Choice(LOSS_ON), default="completion", show_default=True)
 @weight_options
+@device_option
 @json_option
 def command(
     model: Path,
@@ -35,12 +37,14 @@ def command(
     codebook: str | None,
     block_size: int | None,
     double_quant: bool | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Measure MODEL on all of DATA, a plain text or JSON lines.
 
     A text is cut into windows of --seq-len tokens, each predicted from its own beginning.
     """
+    on_gpu = gpu() if device == "cuda" else None
     opened = open_model(model, adapter, codebook, block_size, double_quant)
     positions = opened.model.config.max_position_embeddings
     length = seq_len or min(positions, 512)
@@ -52,7 +56,10 @@ def command(
     started = time.perf_counter()
     with warnings.catch_warnings():  # an overflow is told once, below
         warnings.simplefilter("ignore", RuntimeWarning)
-        loss = evaluate(opened.model, examples, batch_size=worker_threads(), threads=worker_threads())
+        if on_gpu is not None:
+            loss = on_gpu.evaluate(opened.model, examples)
+        else:
+            loss = evaluate(opened.model, examples, batch_size=worker_threads(), threads=worker_threads())
     seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         raise CheckFailed(f"{model}: the loss on {data} is {loss}; the weights or the adapter are damaged")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nf4 import bundled
-from nf4.cli.output import json_option, print_json, size
+from nf4.cli.output import SIZE, json_option, print_json, size
 from nf4.codebooks import CODEBOOKS
 from nf4.errors import InputError
 from nf4.formats.checkpoint import AS_STORED
@@ -130,13 +130,24 @@ def _option(name: str, help: str, **settings: Any) -> Callable[..., Any]:
 @_option("--group-by-length", "Take sequences of like length together.", is_flag=True)
 @_option("--loss-on", "Learn the completions and assistant's turns, or all.", type=click.Choice(LOSS_ON))
 @_option("--checkpointing", "Recompute activations in backward: less memory, more time.", is_flag=True)
+@_option("--device", "Where the model is computed.", type=click.Choice(DEVICES))
+@_option("--keep-layers", "On cuda: layers left out of --checkpointing, the last ones.", type=int)
+@_option(
+    "--optimizer-budget",
+    "On cuda: device memory for AdamW's states, such as 512M; the rest waits with the host.  [default: all]",
+    type=SIZE,
+)
+@_option(
+    "--weights-budget",
+    "On cuda: device memory for 4-bit weights, such as 4G; the rest waits with the host.  [default: all]",
+    type=SIZE,
+)
 @_option("--eval-data", "Held-out data.  [default: a tenth of DATA]")
 @_option("--eval-every", "Steps between two evaluations; 0 for just at the end.", type=int)
 @_option("--eval-sequences", "Held-out sequences measured, evenly spread; 0 for all.", type=int)
 @_option("--save-every", "Steps between two checkpoints.  [default: with each evaluation]", type=int)
 @_option("--seed", "Seed of everything random.", type=int)
 @_option("--threads", "Threads; bits depend on them unless --exact.  [default: the processors]", type=int)
-@_option("--device", "Where it computes; cuda is an NVIDIA GPU.", type=click.Choice(DEVICES))
 @_option("--exact", "The same adapter, bit for bit, on every machine (NF4-15); slower.", is_flag=True)
 @_option(
     "--resume", "Go on from the checkpoint in --out, with its options where none are given.", is_flag=True

@@ -3,15 +3,17 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 
 from nf4 import bundled
-from nf4.cli.model import open_model, weight_options
+from nf4.cli.model import device_option, open_model, weight_options
 from nf4.cli.output import json_option, print_json
 from nf4.errors import InputError
 from nf4.formats.tokenizer import Tokenizer
 from nf4.model.generate import generate
+from nf4.train.gpu import gpu
 
 
 @click.command("generate")
@@ -25,6 +27,7 @@ from nf4.model.generate import generate
 @click.option("--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), default=1.0, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @weight_options
+@device_option
 @json_option
 def command(
     model: Path | None,
@@ -38,9 +41,11 @@ def command(
     codebook: str | None,
     block_size: int | None,
     double_quant: bool | None,
+    device: str,
     as_json: bool,
 ) -> None:
     """Continue a prompt with MODEL (the bundled model if none is named)."""
+    on_gpu = gpu() if device == "cuda" else None
     opened = open_model(model or bundled.MODEL, adapter, codebook, block_size, double_quant)
     ids = opened.tokenizer.encode(prompt)
     if not ids:
@@ -51,14 +56,17 @@ def command(
     room = positions - len(ids)
     if room < 1:
         raise InputError(f"--prompt has {len(ids)} tokens, but the model has {positions} positions")
+    count = min(max_tokens, room)
     tokens: list[int] = []
+    speaks: Any = opened.model if on_gpu is None else on_gpu.decoder(opened.model, len(ids), len(ids) + count)
+    continued = generate if on_gpu is None else on_gpu.generate
     started = time.perf_counter()
 
     def produced() -> Iterator[int]:
-        for token in generate(
-            opened.model,
+        for token in continued(
+            speaks,
             ids,
-            min(max_tokens, room),
+            count,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

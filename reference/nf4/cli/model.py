@@ -23,6 +23,17 @@ class Opened:
     weights: str
 
 
+def device_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --device to a command."""
+    return click.option(
+        "--device",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="Where the model is computed: float32 on the CPU, bfloat16 on the GPU.",
+    )(function)
+
+
 def quantize_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --block-size and --double-quant to a command; None where they are not given."""
     for option in (

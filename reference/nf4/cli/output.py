@@ -1,6 +1,7 @@
 """How the commands answer: tables and progress for a reader, one JSON object for a program."""
 
 import json
+import re
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +36,21 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+class _Size(click.ParamType):
+    """Bytes, with K, M or G for powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)(?:i?b)?", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is not a size; give bytes, or such as 512M or 4G", param, ctx)
+        return int(float(found[1]) * 1024 ** " kmg".index(found[2] or " "))
+
+
+SIZE = _Size()
 
 
 class TensorProgress:

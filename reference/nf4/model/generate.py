@@ -1,20 +1,29 @@
 """Text generation: one token after another, with a key-value cache."""
 
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nf4.errors import InputError
-from nf4.model.llama import KVCache, Llama
 from nf4.random import stream_of, uniform
 
 _STREAM = stream_of("generate")
 
 
+class LanguageModel(Protocol):
+    """What text is generated with: Llama, or a model that is computed elsewhere."""
+
+    def new_cache(self) -> Any:
+        """Return the state of a sequence that has no tokens yet."""
+
+    def logits(self, ids: NDArray[np.integer[Any]], cache: Any, last: bool) -> NDArray[Any]:
+        """Return the logits after ids, which follow what the cache holds: with `last`, [1, vocabulary]."""
+
+
 def generate(
-    model: Llama,
+    model: LanguageModel,
     ids: list[int],
     max_new_tokens: int,
     *,
@@ -38,7 +47,7 @@ def generate(
         raise InputError(f"top_k is {top_k}; it must be at least 0")
     if not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    cache = KVCache()
+    cache = model.new_cache()
     rows = np.array(ids)
     for i in range(max_new_tokens):
         logits = model.logits(rows, cache, last=True)[0]  # [vocabulary]

@@ -211,6 +211,10 @@ class Llama:
             y, _ = rms_norm(x[rows], self.vector(FINAL_NORM), self.config.rms_norm_eps)
             return head_loss(y, self._head(call), batch.targets[rows], call.space)[0]
 
+    def new_cache(self) -> KVCache:
+        """An empty cache, for logits."""
+        return KVCache()
+
     def logits(
         self, ids: NDArray[np.integer[Any]], cache: KVCache | None = None, last: bool = False
     ) -> Array:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
+from nf4.model.generate import LanguageModel
 from nf4.model.llama import Llama
 from nf4.ranks import ALONE, Ranks
 from nf4.train.adamw import AdamW, clip_grad_norm
@@ -55,6 +56,15 @@ class Engine(Protocol):
 
     def store(self) -> None:
         """Bring the optimizer up to date."""
+        ...
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model as it is trained so far, to generate with."""
+        ...
+
+    def remarks(self) -> Sequence[str]:
+        """Return what is to be said of the engine at the end of a run."""
         ...
 
 
@@ -131,3 +141,12 @@ class FastEngine:
 
     def store(self) -> None:
         """Nothing to do: the optimizer's arrays are the model's own."""
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model itself."""
+        return self._model
+
+    def remarks(self) -> Sequence[str]:
+        """Return nothing."""
+        return ()

@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 from nf4.exact.grid import NotFiniteError
 from nf4.exact.llama import ExactLlama
 from nf4.exact.ops import mean_loss
+from nf4.model.generate import LanguageModel
 from nf4.model.llama import Batch, Llama
 from nf4.ranks import ALONE, Ranks
 from nf4.train.adamw import AdamW, clip_grad_norm
 from nf4.train.data import Example
 from nf4.train.engine import MicroBatch, Update
 from nf4.train.shares import PairwiseSum, cut, flatten, share, total_of_ranks, unflatten
-from nf4.train.step import count_targets, over_groups
+from nf4.train.step import count_targets, count_tokens, over_groups
 
 Float32 = NDArray[np.float32]
 
@@ -36,7 +37,7 @@ class ExactEngine:
         ranks: Ranks = ALONE,
     ) -> None:
         self.optimizer = AdamW(model.trainable("lora"), weight_decay=weight_decay)
-        self._model = ExactLlama(model)
+        self._host, self._model = model, ExactLlama(model)
         self._batch_size, self._max_grad_norm = batch_size, max_grad_norm
         self._checkpointing, self._seed, self._threads = checkpointing, seed, threads
         self._ranks = ranks
@@ -103,6 +104,15 @@ class ExactEngine:
                     losses[start + i] = own
         return np.concatenate(losses)
 
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model itself, in the fast mode's arithmetic."""
+        return self._host
+
+    def remarks(self) -> Sequence[str]:
+        """Return nothing."""
+        return ()
+
     def load(self) -> None:
         """Nothing to do: the optimizer's arrays are the model's own."""
 
@@ -133,8 +143,3 @@ def rows_of_all(ranks: Ranks, work: Callable[[], Float32]) -> Float32:
 def _cut(rows: Float32, examples: Sequence[Example]) -> list[Float32]:
     """The rows of packed examples, by example."""
     return np.split(rows, np.cumsum([len(example) for example in examples])[:-1])
-
-
-def count_tokens(micro_batches: Sequence[MicroBatch]) -> int:
-    """The positions that a step takes."""
-    return sum(len(example) for examples, _ in micro_batches for example in examples)

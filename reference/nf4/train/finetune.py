@@ -33,6 +33,7 @@ from nf4.train import snapshot
 from nf4.train.data import IGNORE, Data, Example, evenly, load_data, ordering
 from nf4.train.engine import Engine, FastEngine
 from nf4.train.exact import ExactEngine
+from nf4.train.gpu import gpu
 from nf4.train.log import NAME as LOG
 from nf4.train.log import PICTURE, TrainingLog, draw
 from nf4.train.schedule import SCHEDULES, learning_rate
@@ -42,13 +43,18 @@ DEVICES = ("cpu", "cuda")
 BEST = "best"
 """The folder, in the output directory, of the result with the lowest held-out loss."""
 
+DEVICES = ("cpu", "cuda")
+
 ADAPTER_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 _SAMPLE_PROMPT = 32  # tokens of held-out text that the samples go on from
-_SAMPLE_CHARACTERS = 200
+SAMPLE_TOKENS = 200  # and characters, at most
 _SAMPLE_SECONDS = 10.0  # a large model says less
 # What may change when a run resumes; and what may, too, where no bit of an exact run depends on it.
-_FREE = ("model", "data", "eval_data", "out", "steps", "save_every", "resume")
+_FREE = (
+    "model", "data", "eval_data", "out", "steps", "save_every", "resume", "keep_layers", "optimizer_budget",
+    "weights_budget",
+)  # fmt: skip
 _FREE_IF_EXACT = ("checkpointing", "device", "threads")
 # What may differ between the ranks of a run: where their files are; their contents may not.
 _PATHS = ("model", "data", "eval_data", "out")
@@ -56,10 +62,10 @@ _PATHS = ("model", "data", "eval_data", "out")
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """Everything a run depends on; the defaults are those of the command line. seq_len is in tokens.
+    """Everything a run depends on; the defaults are those of the command line.
 
-    A step takes batch_size * grad_accum sequences, whatever the number of ranks: each takes its share of
-    them, at most batch_size at a time.
+    seq_len is in tokens, budgets in bytes. A step takes batch_size * grad_accum sequences, whatever the number
+    of ranks: each takes its share of them, at most batch_size at a time.
     """
 
     model: str
@@ -87,10 +93,13 @@ class FinetuneOptions:
     group_by_length: bool = False
     loss_on: str = "completion"
     checkpointing: bool = False
+    device: str = "cpu"
+    keep_layers: int = 0
+    optimizer_budget: int | None = None
+    weights_budget: int | None = None
     seed: int = 0
     threads: int | None = None
     exact: bool = False
-    device: str = "cpu"
     eval_every: int = 50
     eval_sequences: int = 64
     save_every: int | None = None
@@ -101,7 +110,7 @@ class FinetuneOptions:
         least: dict[str, float] = {
             "steps": 1, "rank": 1, "batch_size": 1, "seq_len": 1, "grad_accum": 1, "threads": 1,
             "save_every": 1, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "dropout": 0, "seed": 0,
-            "eval_every": 0, "eval_sequences": 0,
+            "eval_every": 0, "eval_sequences": 0, "keep_layers": 0, "optimizer_budget": 1, "weights_budget": 1,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
@@ -121,6 +130,11 @@ class FinetuneOptions:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{_flag(name)} {getattr(self, name)}: it is one of {', '.join(known)}")
+        for name, without in (("keep_layers", 0), ("optimizer_budget", None), ("weights_budget", None)):
+            if (self.device == "cpu" or self.exact) and getattr(self, name) != without:
+                raise InputError(f"{_flag(name)} is for --device cuda without --exact; leave it away")
+        if self.keep_layers and not self.checkpointing:
+            raise InputError("--keep-layers is for --checkpointing; without it all layers are kept")
         for target in self.targets:
             if target not in TARGETS:
                 raise InputError(
@@ -197,6 +211,8 @@ def finetune(
     if ranks.size > 1:
         report.note(ranks.describe())
     options = prepare_output(options, ranks)
+    if options.device == "cuda":
+        ranks.each(gpu).take_device(ranks)
     source, tokenizer, data = ranks.each(lambda: _open(options))
     total = len(data.train) + len(data.heldout) + data.dropped
     for count, what in (
@@ -205,6 +221,10 @@ def finetune(
     ):
         if count:
             report.note(f"{count} of {total} examples {what}")
+    if options.device == "cuda" and not options.exact:
+        config = LlamaConfig.from_dict(source.config, str(source.path))
+        most = _longest(data), SAMPLE_TOKENS
+        report.note(ranks.each(lambda: gpu().check_plan(source, config, options, *most)))
     form = f"in {options.codebook}, block {options.block_size}"
     report.note(f"loading {options.model} {'as stored' if options.codebook == AS_STORED else form}")
     quantized = QuantizeOptions(options.block_size, options.codebook, options.double_quant)
@@ -349,8 +369,17 @@ def train_loop(
     options comes from prepare_output. Without a tokenizer no samples are drawn. The result, by save, goes to
     options.out, and the best by held-out loss to its folder best/. Rank 0 alone writes.
     """
-    loop = _Loop(model, tokenizer, data, options, train, save, report, ranks)
-    return loop.run()
+    engine = _engine(model, data, options, train, ranks)
+    loop = _Loop(model, tokenizer, data, options, train, save, report, ranks, engine)
+    result = loop.run()
+    for remark in engine.remarks():
+        report.note(remark)
+    return result
+
+
+def _longest(data: Data) -> int:
+    """Return the tokens of the longest example."""
+    return max(len(example) for example in (*data.train, *data.heldout))
 
 
 class _Loop:
@@ -366,6 +395,7 @@ class _Loop:
         save: SavesTo,
         report: Report,
         ranks: Ranks,
+        engine: Engine,
     ) -> None:
         self.model, self.tokenizer, self.data, self.options = model, tokenizer, data, options
         self.train, self.save, self.report, self.ranks = train, save, report, ranks
@@ -374,7 +404,7 @@ class _Loop:
         self.heldout = evenly(data.heldout, options.eval_sequences)
         self.identity = _identity(model, data, options, train, ranks.size)
         ranks.agree({name: self.identity[name] for name in ("train", "model", "data")})
-        self.engine = _engine(model, train, options, ranks)
+        self.engine = engine
         self.progress = snapshot.Progress()
         self.saved_step = 0
         self.log: TrainingLog | None = None
@@ -591,9 +621,9 @@ class _Loop:
         ids: list[int] = []
         text, began = "", time.monotonic()
         for token in generate(
-            self.model,
+            self.engine.language_model,
             prompt,
-            max(0, min(room, _SAMPLE_CHARACTERS)),
+            max(0, min(room, SAMPLE_TOKENS)),
             temperature=0.8,
             top_p=0.95,
             seed=self.options.seed,
@@ -601,12 +631,15 @@ class _Loop:
         ):
             ids.append(token)
             text = self.tokenizer.decode(ids)
-            if len(text) >= _SAMPLE_CHARACTERS or time.monotonic() - began > _SAMPLE_SECONDS:
+            if len(text) >= SAMPLE_TOKENS or time.monotonic() - began > _SAMPLE_SECONDS:
                 break
         return self.tokenizer.decode(prompt), text
 
 
-def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptions, ranks: Ranks) -> Engine:
+def _engine(
+    model: Llama, data: Data, options: FinetuneOptions, train: Literal["lora", "full"], ranks: Ranks
+) -> Engine:
+    """Return what makes the run's steps."""
     settings: dict[str, Any] = {
         "batch_size": options.batch_size,
         "max_grad_norm": options.max_grad_norm,
@@ -617,29 +650,17 @@ def _engine(model: Llama, train: Literal["lora", "full"], options: FinetuneOptio
         "ranks": ranks,
     }
     if options.device == "cuda":
-        if not options.exact:
-            raise InputError(
-                "--device cuda: it trains with --exact only; leave --device away, or add --exact"
-            )
-        ranks.each(_require_gpu)
-        from nf4_gpu.ranks import take_device
-        from nf4_gpu.train.exact import ExactEngine as ExactEngineOnDevice
-
-        take_device(ranks)
-        return ExactEngineOnDevice(model, **settings)
+        if train == "full":
+            raise InputError("--device cuda trains adapters; training in full runs on the CPU")
+        engine: Engine
+        if options.exact:
+            engine = gpu().exact_engine(model, **settings)
+        else:
+            engine = gpu().engine(model, options, _longest(data), SAMPLE_TOKENS, ranks)
+        return engine
     if options.exact:
         return ExactEngine(model, **settings)
     return FastEngine(model, train, **settings)
-
-
-def _require_gpu() -> None:
-    """Raise InputError, with the reason, where there is no GPU or no CuPy."""
-    try:
-        from nf4_gpu.arrays import require_gpu
-
-        require_gpu()
-    except ImportError as error:
-        raise InputError(f"--device cuda: {error}") from error
 
 
 def _sample_prompt(example: Example) -> list[int]:

@@ -109,6 +109,11 @@ def count_targets(examples: Sequence[Example]) -> int:
     return targets
 
 
+def count_tokens(micro_batches: Sequence[tuple[Sequence[Example], Sequence[int]]]) -> int:
+    """The positions that a step takes."""
+    return sum(len(example) for examples, _ in micro_batches for example in examples)
+
+
 def over_groups(
     work: Callable[[Batch], R], examples: Sequence[Example], samples: Sequence[int], threads: int
 ) -> list[tuple[list[int], R]]:

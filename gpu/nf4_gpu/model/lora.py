@@ -1,0 +1,241 @@
+"""Launches of what adapters add to a group of linear layers: narrow products, gradients, dropout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from nf4.random import drop_threshold
+from numpy.typing import NDArray
+
+from nf4_gpu.arena import round_up
+from nf4_gpu.device import Device
+from nf4_gpu.matrix import Matrix
+from nf4_gpu.model.ops import BFLOAT16
+from nf4_gpu.model.weights import Adapter, Group
+
+SOURCE = "model/lora.cu"
+NARROWEST = 64  # columns up to which the kernels of lora.cu are used; wider ones are cuBLAS's
+TILES = {4: 64, 8: 128}  # rows, or features, of a thread block of so many warps
+_STAGES, _DEPTH = 4, 64  # as there
+_RESIDENT, _WAVES = {4: 3, 8: 2}, 2  # thread blocks that a processor has at a time, and how often
+GRADIENT = np.dtype(
+    [("y", "<u8"), ("z", "<u8"), ("out", "<u8"), ("feature_stride", "<i8"), ("rank_stride", "<i8")]
+    + [(name, "<i4") for name in ("y_pitch", "z_pitch", "features", "columns", "slot", "ranks")]
+    + [("scale", "<f4"), ("unused", "<i4")]
+)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Memory that the kernels of a stream share: sums of parts, and counters that are 0 between."""
+
+    partial: int
+    counters: int
+
+
+def space_bytes(processors: int, blocks: int) -> tuple[int, int]:
+    """Return the bytes of partial sums and of counters for launches of up to so many thread blocks of a part."""
+    most = _WAVES * max(_RESIDENT[warps] * tile for warps, tile in TILES.items()) * processors
+    return most * NARROWEST * 4, blocks * 4
+
+
+def warps_for(wide: int, processors: int) -> int:
+    """Return the warps of thread blocks over so many rows, or features: more where there are many."""
+    return 8 if wide >= 16 * processors else 4
+
+
+def parts_for(blocks: int, stages: int, processors: int, warps: int) -> int:
+    """Return the parts that the sums of so many thread blocks are made in, side by side."""
+    wanted = _WAVES * _RESIDENT[warps] * processors // blocks
+    return max(1, min(wanted, stages // _STAGES))
+
+
+def project(
+    device: Device,
+    x: Matrix,
+    m: Matrix,
+    y: Matrix,
+    space: Space,
+    *,
+    across: bool,
+    alpha: float = 1.0,
+    copy: Matrix | None = None,
+) -> None:
+    """y [rows, columns] = alpha x m^T for m [columns, depth], or alpha x m for m [depth, columns] if across.
+
+    Written to `copy` as well, if given. On MAIN, which the space is of.
+    """
+    if y.columns > NARROWEST:
+        device.multiply(x, m, y, transpose_b=not across, alpha=alpha)
+        if copy is not None:
+            device.copy_rows(copy, y)
+        return
+    pairs = -(-y.columns // 16)
+    warps = warps_for(x.rows, device.processors)
+    tiles = -(-x.rows // TILES[warps])
+    parts = parts_for(tiles, -(-x.columns // _DEPTH), device.processors, warps)
+    device.launch(
+        SOURCE,
+        "project",
+        (tiles, parts),
+        32 * warps,
+        (
+            x.address, x.pitch, m.address, m.pitch, x.rows, x.columns, y.columns, np.float32(alpha),
+            y.address, y.pitch, *((copy.address, copy.pitch) if copy else (0, 0)),
+            space.partial, space.counters,
+        ),
+        shared=_shared(pairs, warps),
+        DTYPE=BFLOAT16,
+        WARPS=warps,
+        PAIRS=pairs,
+        ACROSS=int(across),
+    )  # fmt: skip
+
+
+def gradient_warps(group: Group, processors: int) -> int:
+    """Return the warps of the thread blocks that make a group's gradients."""
+    return warps_for(group.inputs + group.outputs, processors)
+
+
+def gradient_jobs(
+    group: Group, x: Matrix, dz: Matrix, dy: Matrix, z: Matrix, gradients: int, warps: int
+) -> NDArray[np.void]:
+    """Return the parts of the gradients of a group's A and B, for memory at `gradients`, float32.
+
+    x [.., in] is the input, dz [.., narrow] s dy B, dy [.., out], z [.., narrow] x A^T.
+    """
+    jobs, tile = [], TILES[warps]
+    adapters = group.adapters
+    for first in range(0, group.inputs, tile):
+        out = gradients + (adapters[0].a + first) * 4
+        sizes = (min(tile, group.inputs - first), group.narrow, group.slot, adapters[0].rank)
+        jobs.append(_job(x, first, dz, 0, out, (1, group.inputs), sizes, 1.0))
+    for module in group.modules:
+        adapter = module.adapter
+        if adapter is None:
+            continue
+        for first in range(0, module.outputs, tile):
+            out = gradients + (adapter.b + first * adapter.rank) * 4
+            sizes = (min(tile, module.outputs - first), group.slot, group.slot, adapter.rank)
+            y = module.row + first
+            jobs.append(_job(dy, y, z, adapter.start, out, (adapter.rank, 1), sizes, adapter.scale))
+    return np.array(jobs, GRADIENT)
+
+
+def input_jobs(
+    group: Group, adapter: Adapter, x: Matrix, dz: Matrix, gradients: int, warps: int
+) -> NDArray[np.void]:
+    """Return the parts of the gradient of one adapter's A, from an input of its own."""
+    jobs, tile = [], TILES[warps]
+    for first in range(0, group.inputs, tile):
+        out = gradients + (adapter.a + first) * 4
+        sizes = (min(tile, group.inputs - first), group.slot, group.slot, adapter.rank)
+        jobs.append(_job(x, first, dz, adapter.start, out, (1, group.inputs), sizes, 1.0))
+    return np.array(jobs, GRADIENT)
+
+
+def gradients(
+    device: Device, jobs: int, count: int, columns: int, tokens: int, space: Space, warps: int
+) -> None:
+    """Add the gradients of `count` jobs at an address, with at most so many columns of z, over the tokens."""
+    pairs = -(-columns // 16)
+    parts = parts_for(count, -(-tokens // _DEPTH), device.processors, warps)
+    device.launch(
+        SOURCE,
+        "gradients",
+        (count, parts),
+        32 * warps,
+        (jobs, tokens, space.partial, space.counters),
+        shared=_shared(pairs, warps),
+        DTYPE=BFLOAT16,
+        WARPS=warps,
+        PAIRS=pairs,
+        ACROSS=0,
+    )
+
+
+def wide_gradients(
+    device: Device, group: Group, x: Matrix, dz: Matrix, dy: Matrix, z: Matrix, at: int, *, inputs: bool
+) -> None:
+    """The same by cuBLAS, for more columns than the kernel takes; those of A only if inputs."""
+    for module in group.modules:
+        adapter = module.adapter
+        if adapter is None:
+            continue
+        columns = slice(adapter.start, adapter.start + adapter.rank)
+        if inputs:
+            wide_input_gradient(device, group, adapter, x, dz, at)
+        b = _parameters(at + adapter.b * 4, module.outputs, adapter.rank)
+        rows = dy.part(columns=slice(module.row, module.row + module.outputs))
+        device.multiply(rows, z.part(columns=columns), b, transpose_a=True, alpha=adapter.scale, add=b)
+
+
+def wide_input_gradient(
+    device: Device, group: Group, adapter: Adapter, x: Matrix, dz: Matrix, at: int
+) -> None:
+    """The gradient of one adapter's A by cuBLAS."""
+    columns = slice(adapter.start, adapter.start + adapter.rank)
+    a = _parameters(at + adapter.a * 4, adapter.rank, group.inputs)
+    device.multiply(dz.part(columns=columns), x, a, transpose_a=True, add=a)
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """What keys a batch's dropout: addresses of the sample and the place in it of each row, and the seed."""
+
+    samples: int
+    places: int
+    seed: int
+
+    def rows(self, device: Device, adapter: Adapter, x: Matrix, y: Matrix, *, add: bool = False) -> None:
+        """Y = x where the adapter's mask keeps, else 0; or y += that (NF4-9.4)."""
+        vectors = x.columns // 8
+        block = min(256, round_up(vectors, 32))
+        device.launch(
+            SOURCE,
+            "drop_rows",
+            (x.rows, -(-vectors // block)),
+            block,
+            (
+                x.address, x.pitch, x.columns, self.samples, self.places, np.uint32(self.seed & 0xFFFFFFFF),
+                np.uint32(self.seed >> 32 & 0xFFFFFFFF), np.uint32(adapter.stream & 0xFFFFFFFF),
+                np.uint32(drop_threshold(adapter.dropout)), add, y.address, y.pitch,
+            ),
+            DTYPE=BFLOAT16,
+            WARPS=4,
+            PAIRS=1,
+            ACROSS=0,
+        )  # fmt: skip
+
+
+def keep_scale(adapter: Adapter) -> float:
+    """Return 1 / (probability of being kept), which the 16-bit lanes make 65536 / (65536 - threshold)."""
+    return 65536 / (65536 - drop_threshold(adapter.dropout))
+
+
+def _job(
+    y: Matrix,
+    feature: int,
+    z: Matrix,
+    column: int,
+    out: int,
+    strides: tuple[int, int],
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[float, ...]:
+    features, columns, slot, ranks = sizes
+    return (
+        y.address + 2 * feature, z.address + 2 * column, out, *strides, y.pitch, z.pitch, features, columns,
+        slot, ranks, scale, 0,
+    )  # fmt: skip
+
+
+def _parameters(address: int, rows: int, columns: int) -> Matrix:
+    return Matrix(address, rows, columns, columns, np.dtype(np.float32))
+
+
+def _shared(pairs: int, warps: int) -> int:
+    """Bytes of dynamic shared memory of project and gradients: as in lora.cu."""
+    narrow, wide = 16 * pairs, TILES[warps]
+    stage = max(wide * (_DEPTH + 8), _DEPTH * (wide + 8))
+    return 2 * _STAGES * (stage + max(_DEPTH * (narrow + 8), narrow * (_DEPTH + 8)))

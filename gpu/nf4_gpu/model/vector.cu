@@ -1,0 +1,385 @@
+// Products of one row, a vector, with the weights: codes of NF4 or bfloat16, beside them adapters.
+// The vector is float32 in memory, and bfloat16 where it meets a weight, as in training.
+// Defines: DTYPE (BFLOAT16); KIND of the rows: CODES (0), BF16 (1); PROLOGUE: what is done to the vector first, nothing (0), a
+// norm (1), SwiGLU (2); of codes also WARPS, TABLE_ROW (256, or 128 or 64 where shared memory is short), STAGES (2 or more) of
+// codes on their way to a warp, and HALVES, whether a row's 64 columns may be of two blocks.
+// Fused multiply-adds: nothing here is exact. A kernel may begin while the one before it ends, and waits for that by itself.
+#include "tensorcore.cuh"
+
+#define LOG2E 1.44269504088896f
+#if KIND == 0
+#define GROUP_ROWS 16  // that a thread block takes at a time, each warp a part of the columns
+#define SPAN 256       // columns that a warp takes at a time
+#define STAGE (GROUP_ROWS * SPAN / 2)  // bytes of codes
+#define MOST_GROUPS WARPS  // whose sums are kept until they are added up
+#define MOST_JOBS 3
+#else
+#define WARPS 8
+#define PER_WARP 4     // rows of a warp
+#define GROUP_ROWS (PER_WARP * WARPS)
+#define SPAN 1024
+#endif
+#define THREADS (WARPS * 32)
+
+// Rows of a weight or of the head.
+struct Rows {
+  const void* from;     // codes, or bfloat16, `pitch` elements a row
+  const void* absmax;   // float32; or codes of it, if there is a map
+  const float* nested_absmax;
+  const float* offset;
+  const float* values;  // [16]
+  const float* map;     // [256] or null
+  const Element* bias;  // or null
+  const void* b;        // [rows, ranks] of an adapter, or null
+  float* y;             // where the rows' results go
+  int rows, first;      // first: groups of rows before these
+  int block_shift, nested_shift;
+  int ranks, start;     // start: of the adapter's part of z
+  int wide;             // whether b is in float32
+  float scale;
+};
+
+// An adapter's A [ranks, columns], and where its products with the vector go.
+struct Narrow {
+  const void* from;
+  int ranks, start, wide, unused;
+};
+
+// Where a column lies. For codes a lane of four has 32 columns in a row, read eight at a time; the four lie side by side.
+__device__ __forceinline__ int place_of(int column) {
+#if KIND == 0
+  return (column / 128 * 16 + column / 8 % 4 * 4 + column / 32 % 4) * 8 + column % 8;
+#else
+  return column;
+#endif
+}
+
+__device__ __forceinline__ float block_total(float v) {
+  __shared__ float sums[WARPS];
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) v += __shfl_xor_sync(~0u, v, lanes);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = v;
+  __syncthreads();
+  v = 0.f;
+#pragma unroll
+  for (int i = 0; i < WARPS; i++) v += sums[i];
+  return v;
+}
+
+// The vector as the weights meet it: columns of x [columns], or gate and up [2 columns], after the prologue, in bfloat16; zeros
+// up to a whole span.
+__device__ __forceinline__ void prepare(Element* xs, const float* x, int columns, const float* weight, float eps) {
+  int padded = (columns + SPAN - 1) / SPAN * SPAN;
+#if PROLOGUE == 1
+  float sum = 0.f;
+#pragma unroll 4
+  for (int c = threadIdx.x * 4; c < columns; c += THREADS * 4) {
+    float4 v = *(const float4*)(x + c);
+    sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+  }
+  float r = 1.f / sqrtf(block_total(sum) / columns + eps);
+#endif
+#pragma unroll 4
+  for (int c = threadIdx.x * 4; c < padded; c += THREADS * 4) {
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (c < columns) {
+      v = *(const float4*)(x + c);
+#if PROLOGUE == 1
+      float4 w = *(const float4*)(weight + c);
+      v.x *= r * w.x, v.y *= r * w.y, v.z *= r * w.z, v.w *= r * w.w;
+#elif PROLOGUE == 2
+      float4 up = *(const float4*)(x + columns + c);
+      v.x *= quick_reciprocal(1.f + power_of_two(-LOG2E * v.x)) * up.x;
+      v.y *= quick_reciprocal(1.f + power_of_two(-LOG2E * v.y)) * up.y;
+      v.z *= quick_reciprocal(1.f + power_of_two(-LOG2E * v.z)) * up.z;
+      v.w *= quick_reciprocal(1.f + power_of_two(-LOG2E * v.w)) * up.w;
+#endif
+    }
+    *(uint2*)(xs + place_of(c)) = make_uint2(narrow_pair(v.x, v.y), narrow_pair(v.z, v.w));
+  }
+}
+
+// The product of eight elements of the vector with eight of a row of A.
+__device__ __forceinline__ float dot_eight(const Element* xs, const void* row, int wide, i64 at) {
+  uint4 words = *(const uint4*)xs;
+  u32 w[4] = {words.x, words.y, words.z, words.w};
+  float v[8], m[8], sum = 0.f;
+  EIGHT v[i] = __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16);
+  if (wide) {
+    float4 a = __ldg((const float4*)((const float*)row + at)), b = __ldg((const float4*)((const float*)row + at) + 1);
+    m[0] = a.x, m[1] = a.y, m[2] = a.z, m[3] = a.w, m[4] = b.x, m[5] = b.y, m[6] = b.z, m[7] = b.w;
+  } else {
+    uint4 a = __ldg((const uint4*)((const Element*)row + at));
+    u32 u[4] = {a.x, a.y, a.z, a.w};
+    EIGHT m[i] = __uint_as_float(i % 2 ? u[i / 2] & 0xffff0000 : u[i / 2] << 16);
+  }
+  EIGHT sum += widen(narrow(m[i])) * v[i];  // A meets the vector in bfloat16, as in training
+  return sum;
+}
+
+// y = rows times the vector, plus scale b z of their adapter, plus bias, plus y itself if add; z = A times the vector. The first
+// thread blocks, `narrow_blocks` of them, a warp a row of the adapters [narrow_count], make z, and count its rows in ready [2], 0
+// before and after; the others take the jobs [count], `groups` groups of rows in all, and wait for z at the end of one.
+extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
+    multiply_vector(const Rows* jobs, int count, int groups, const Narrow* adapters, int narrow_rows, int narrow_blocks,
+                    const float* x, int columns, i64 pitch, const float* weight, float eps, float* z, u32* ready, bool add) {
+  DYNAMIC_SHARED(memory);
+  let_next_begin();
+  int padded = (columns + SPAN - 1) / SPAN * SPAN, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#if KIND == 0
+  u8* ring = memory + 256 * TABLE_ROW;
+  Element* xs = (Element*)(ring + WARPS * STAGES * STAGE);
+#else
+  Element* xs = (Element*)memory;
+#endif
+  if ((int)blockIdx.x < narrow_blocks) {
+    wait_for_previous();
+    prepare(xs, x, columns, weight, eps);
+    __syncthreads();
+    for (int of_all = blockIdx.x * WARPS + warp; of_all < narrow_rows; of_all += narrow_blocks * WARPS) {
+      int row = of_all, number = 0;
+      while (row >= adapters[number].ranks) row -= adapters[number++].ranks;
+      const Narrow adapter = adapters[number];
+      float sum = 0.f;
+#pragma unroll 8
+      for (int c = lane * 8; c < columns; c += 256)
+        sum += dot_eight(xs + place_of(c), adapter.from, adapter.wide, (i64)row * columns + c);
+#pragma unroll
+      for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+      if (lane == 0) {
+        z[adapter.start + row] = widen(narrow(sum));
+        __threadfence();
+        atomicAdd(ready, 1u);
+      }
+    }
+    return;
+  }
+  int first = blockIdx.x - narrow_blocks, stride = gridDim.x - narrow_blocks;
+  auto wait_for_z = [&] {
+    while (*(volatile u32*)ready < (u32)narrow_rows) {
+    }
+    __threadfence();
+  };
+  auto factor_of_b = [&](const Rows& job, int row, int rank) {
+    i64 at = (i64)row * job.ranks + rank;
+    float b = job.wide ? ((const float*)job.b)[at] : widen(((const Element*)job.b)[at]);
+    return widen(narrow(b * job.scale));  // B meets z in bfloat16, as in training
+  };
+#if KIND == 0
+  // The tensor cores take 16 rows by 16 columns; which columns is free, as long as the vector is read alike. A lane, number
+  // 4 g + q, decodes 32 neighbours of rows g and g + 8, from column 32 q of a span on, then 32 from 128 + 32 q on. Each of
+  // the eight 32 of a span has a column of the result to itself: the vector is zero in the others. So a result is of one
+  // absmax, by which it is then multiplied. The warps have every sixteenth span of a group's rows, and each a ring of codes
+  // on their way.
+  __shared__ Rows own[MOST_JOBS];
+  __shared__ float map[256], offsets[MOST_JOBS];
+  u8* zeros = (u8*)(xs + padded);        // 256 bytes
+  float* parts = (float*)(zeros + 256);  // [MOST_GROUPS][GROUP_ROWS][WARPS + 1]
+  for (int i = threadIdx.x; i < count * (int)(sizeof(Rows) / 4); i += THREADS) ((u32*)own)[i] = ((const u32*)jobs)[i];
+  if (threadIdx.x < 64) ((u32*)zeros)[threadIdx.x] = 0;
+  __syncthreads();
+  auto job_of = [&](int group) {
+    int number = 0;
+    while (number + 1 < count && own[number + 1].first <= group) number++;
+    return number;
+  };
+  int quad = lane % 4, g = lane / 4, spans = padded / SPAN;
+  bool mapped = own[0].map != nullptr;  // as of all the jobs
+  struct Place {
+    int group, span;
+  };
+  auto advance = [&](Place& place) {
+    if ((place.span += WARPS) >= spans) place.span = warp, place.group += stride;
+  };
+  Place to_copy = {warp < spans ? first : groups, warp}, to_scale = to_copy;
+  ring += warp * (STAGES * STAGE);
+  // Eight lanes copy a row's 128 bytes. Every second row is kept crosswise: then eight lanes read from all banks.
+  auto copy_codes = [&](int slot) {
+    if (to_copy.group < groups) {
+      const Rows& job = own[job_of(to_copy.group)];
+      int c = to_copy.span * SPAN + lane % 8 * 32, row0 = (to_copy.group - job.first) * GROUP_ROWS + lane / 8;
+      const u8* from = (const u8*)job.from + (row0 * pitch + c) / 2;
+      u32 to = shared_address(ring) + slot * STAGE + lane / 8 * 128 + (lane % 8 ^ lane / 8 % 2 * 4) * 16;
+      int left = c < columns ? job.rows - row0 : 0;
+#pragma unroll
+      for (int i = 0; i < 4; i++) copy_once(to + i * 512, from + i * 2 * pitch, i * 4 < left);
+    }
+    commit_copies();
+    advance(to_copy);
+  };
+  // The scales of a lane's results, a span ahead: those of rows g and g + 8, from column 64 q of the span on.
+  float nested[2][1 + HALVES];
+  u32 codes[2][1 + HALVES];
+  auto load_scales = [&] {
+    const Rows& job = own[job_of(min(to_scale.group, groups - 1))];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+      for (int half = 0; half <= HALVES; half++) {
+        int c = to_scale.span * SPAN + quad * 64 + half * 32, row = (to_scale.group - job.first) * GROUP_ROWS + g + i * 8;
+        nested[i][half] = 0.f, codes[i][half] = 0;
+        if (to_scale.group >= groups || c >= columns || row >= job.rows) continue;
+        i64 block = (row * pitch + c) >> job.block_shift;
+        nested[i][half] = mapped ? __ldg(job.nested_absmax + (block >> job.nested_shift)) : __ldg((const float*)job.absmax + block);
+        if (mapped) codes[i][half] = __ldg((const u8*)job.absmax + block);
+      }
+    advance(to_scale);
+  };
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; i++) copy_codes(i);
+  load_scales();
+  // The table: a byte's two values, the first in the low half, in each bank or some.
+  u32 bank = lane * 4 % min(TABLE_ROW, 128);
+  float value = own[0].values[lane % 16];
+#pragma unroll 4
+  for (int byte = warp; byte < 256; byte += WARPS)
+    *(u32*)(memory + byte * TABLE_ROW + bank) =
+        narrow_pair(__shfl_sync(~0u, value, byte >> 4), __shfl_sync(~0u, value, byte & 15));
+  for (int i = threadIdx.x; mapped && i < 256; i += THREADS) map[i] = own[0].map[i];
+  if (threadIdx.x < count) offsets[threadIdx.x] = mapped ? *own[threadIdx.x].offset : 0.f;
+  wait_for_previous();
+  prepare(xs, x, columns, weight, eps);
+  __syncthreads();
+  auto look_up = [&](u32 word, int byte) {
+#if TABLE_ROW == 256
+    return *(const u32*)(memory + __byte_perm(word, bank, 0x5504 | byte << 4));  // the byte, eight bits up, and the bank
+#else
+    const int up = TABLE_ROW == 128 ? 7 : 6;
+    return *(const u32*)(memory + ((byte ? word >> (byte * 8 - up) : word << up) & 255 << up) + bank);
+#endif
+  };
+  int slot = 0;
+#pragma unroll 1
+  for (int begin = first; begin < groups; begin += MOST_GROUPS * stride) {
+    int taken = 0;
+#pragma unroll 1
+    for (int group = begin; group < groups && taken < MOST_GROUPS; group += stride, taken++) {
+      float total[2] = {}, offset = offsets[job_of(group)];
+#pragma unroll 1
+      for (int span = warp; span < spans; span += WARPS) {
+        float scale[2][1 + HALVES];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+          for (int half = 0; half <= HALVES; half++)
+            scale[i][half] = mapped ? map[codes[i][half]] * nested[i][half] + offset : nested[i][half];
+        load_scales();
+        wait_copies<STAGES - 2>();
+        __syncwarp();
+        u32 words[2][2][4];  // of two rows, from two places
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            uint4 word = *(const uint4*)(ring + slot * STAGE + (g + i * 8) * 128 + ((half * 4 + quad) ^ g % 2 * 4) * 16);
+            words[i][half][0] = word.x, words[i][half][1] = word.y, words[i][half][2] = word.z, words[i][half][3] = word.w;
+          }
+        copy_codes(slot ? slot - 1 : STAGES - 1);  // where all lanes have read
+        if (++slot == STAGES) slot = 0;
+        float sums[2][4] = {};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const u8* v_at = g == half * 4 + quad ? (const u8*)(xs + span * SPAN + half * 128) + quad * 16 : zeros;
+#pragma unroll
+          for (int part = 0; part < 4; part++) {
+            uint4 v = *(const uint4*)(v_at + part * 64);
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+              u32 a[4];
+#pragma unroll
+              for (int i = 0; i < 4; i++) a[i] = look_up(words[i % 2][half][part], k * 2 + i / 2);
+              multiply_add(sums[k], a, k ? v.z : v.x, k ? v.w : v.y);
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          total[i] += (sums[0][i * 2] + sums[1][i * 2]) * scale[i][0] + (sums[0][i * 2 + 1] + sums[1][i * 2 + 1]) * scale[i][HALVES];
+      }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        total[i] += __shfl_xor_sync(~0u, total[i], 1);
+        total[i] += __shfl_xor_sync(~0u, total[i], 2);
+        if (quad == 0) parts[(taken * GROUP_ROWS + g + i * 8) * (WARPS + 1) + warp] = total[i];
+      }
+    }
+    __syncthreads();
+    // A thread a row: the warps' parts are added up in order.
+    for (int i = threadIdx.x; i < taken * GROUP_ROWS; i += THREADS) {
+      int group = begin + i / GROUP_ROWS * stride;
+      const Rows& job = own[job_of(group)];
+      int row = (group - job.first) * GROUP_ROWS + i % GROUP_ROWS;
+      if (row >= job.rows) continue;
+      float out = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) out += parts[i * (WARPS + 1) + w];
+      if (job.b) {
+        wait_for_z();
+#pragma unroll 4
+        for (int rank = 0; rank < job.ranks; rank++) out += factor_of_b(job, row, rank) * __ldcg(z + job.start + rank);
+      }
+      if (job.bias) out += widen(job.bias[row]);
+      job.y[row] = add ? job.y[row] + out : out;
+    }
+    __syncthreads();  // the parts are read
+  }
+#else
+  wait_for_previous();
+  prepare(xs, x, columns, weight, eps);
+  __syncthreads();
+#pragma unroll 1
+  for (int group = first; group < groups; group += stride) {
+    int number = 0;
+    while (number + 1 < count && jobs[number + 1].first <= group) number++;
+    const Rows job = jobs[number];
+    int row0 = (group - job.first) * GROUP_ROWS;
+    float sum[PER_WARP] = {};
+    row0 += warp * PER_WARP;
+#pragma unroll 1
+    for (int c = lane * 8; c < padded; c += SPAN) {
+      uint4 words[PER_WARP][4];
+#pragma unroll
+      for (int r = 0; r < PER_WARP; r++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          words[r][i] = c + i * 256 < columns ? __ldcs((const uint4*)((const Element*)job.from +
+                                                                     (i64)min(row0 + r, job.rows - 1) * pitch + c + i * 256))
+                                              : make_uint4(0, 0, 0, 0);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        uint4 part = *(const uint4*)(xs + c + i * 256);
+        u32 v[4] = {part.x, part.y, part.z, part.w};
+#pragma unroll
+        for (int r = 0; r < PER_WARP; r++) {
+          u32 m[4] = {words[r][i].x, words[r][i].y, words[r][i].z, words[r][i].w};
+#pragma unroll
+          for (int k = 0; k < 4; k++)
+            sum[r] += __uint_as_float(m[k] << 16) * __uint_as_float(v[k] << 16) +
+                      __uint_as_float(m[k] & 0xffff0000) * __uint_as_float(v[k] & 0xffff0000);
+        }
+      }
+    }
+    if (job.b && row0 < job.rows) {
+      wait_for_z();
+#pragma unroll
+      for (int r = 0; r < PER_WARP; r++)
+        for (int rank = lane; rank < job.ranks; rank += 32)
+          sum[r] += factor_of_b(job, min(row0 + r, job.rows - 1), rank) * __ldcg(z + job.start + rank);
+    }
+#pragma unroll
+    for (int r = 0; r < PER_WARP; r++) {
+#pragma unroll
+      for (int lanes = 16; lanes; lanes /= 2) sum[r] += __shfl_xor_sync(~0u, sum[r], lanes);
+      int row = row0 + r;
+      if (lane != 0 || row >= job.rows) continue;
+      float out = sum[r];
+      if (job.bias) out += widen(job.bias[row]);
+      job.y[row] = add ? job.y[row] + out : out;
+    }
+  }
+#endif
+  if (narrow_rows == 0) return;
+  __syncthreads();
+  if (threadIdx.x == 0 && atomicInc(ready + 1, stride - 1) == (u32)stride - 1) *ready = 0;
+}

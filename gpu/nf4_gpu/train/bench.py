@@ -1,0 +1,314 @@
+"""QLoRA steps on the GPU, ours and transformers + PEFT + bitsandbytes': time, memory, floors and where time goes.
+
+Run as `python -m nf4_gpu.train.bench MODEL` it measures our side of one model's rows.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cupy
+import numpy as np
+from nf4.bench import machine
+from nf4.bench.ranks import Case
+from nf4.errors import InputError
+from nf4.errors import InputError
+from nf4.floats import BFLOAT16
+from nf4.formats.peft import linear_shapes
+from nf4.lora import LoRA, init_lora
+from nf4.model.config import LlamaConfig
+from nf4.model.llama import Llama
+from nf4.ranks import Ranks
+from nf4.train.data import IGNORE, Example
+from nf4.train.engine import Engine
+from numpy.typing import NDArray
+
+from nf4_gpu.arena import Arena
+from nf4_gpu.matrix import Matrix
+from nf4_gpu.model.weights import shapes_of
+from nf4_gpu.tensor import quantize, to_host
+from nf4_gpu.train import plan as planning
+from nf4_gpu.train.engine import GpuEngine, Inference, forms_of
+from nf4_gpu.train.exact import ExactEngine
+from nf4_gpu.train.models import CONFIGS, config_of, weights
+from nf4_gpu.train.plan import Settings
+from nf4_gpu.train.timeline import Timed
+
+RANK, ALPHA, RATE, CLIP = 16, 32, 1e-4, 1.0
+WARM_UP, STEPS = 3, 7
+PROMPT, GENERATED = 512, 128
+PEER_PACKAGES = ("torch", "bitsandbytes", "transformers", "peft", "accelerate")
+GENERATION_MODEL = "8B"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. budget: bytes in which as few layers as fit are computed again; None: all are."""
+
+    model: str
+    batch: int
+    tokens: int
+    checkpointing: bool
+    budget: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in the report."""
+        how = ", checkpointing" if self.checkpointing else ""
+        if self.budget is not None:
+            how = f", within {self.budget / 2**30:.0f} GiB"
+        return f"{self.model}, {self.batch} x {self.tokens}{how}"
+
+
+ROWS = (
+    Row("135M", 1, 512, False),
+    Row("135M", 8, 512, False),
+    Row("1.2B", 4, 1024, False),
+    Row("8B", 1, 2048, True),
+    Row("8B", 4, 2048, True),
+    Row("8B", 4, 2048, True, 28 << 30),
+)
+
+
+def run(against: str | None, only: str | None = None) -> dict[str, Any]:
+    """Measure every row, or those of one model, and return the report (see `nf4 bench train --device cuda --json`).
+
+    Each side runs in fresh processes, a model at a time. Raises InputError if the peer isn't installed.
+    """
+    if against is not None:
+        machine.require(PEER_PACKAGES, f"nf4 bench train --device cuda --against {against}")
+    ours: dict[str, Any] = {}
+    theirs: dict[str, Any] = {}
+    if only is not None and only not in CONFIGS:
+        raise InputError(f"--model {only}: on cuda the models measured are {', '.join(CONFIGS)}")
+    for model in CONFIGS:
+        if only not in (None, model):
+            continue
+        extra = ["--generation"] if model == GENERATION_MODEL else []
+        ours |= json.loads(machine.run_module("nf4_gpu.train.bench", [model, *extra]))
+        if against is not None:
+            theirs |= json.loads(machine.run_module("nf4_gpu.train.peers", [model, *extra]))
+    results = []
+    for name, found in ours.items():
+        if name == "ceilings":
+            continue
+        peer = theirs.get(name) or theirs.get(name.partition(", within")[0] + ", checkpointing")
+        if "operations" in found:
+            rates = ours["ceilings"]
+            by_products = found["operations"] / rates["product_operations_per_second"]
+            found["floor_seconds"] = by_products + found["bytes"] / rates["copy_bytes_per_second"]
+        results.append({"row": name, "nf4": found} | ({against: peer} if against else {}))
+    return {
+        "benchmark": "train on cuda",
+        **machine.describe(("cupy-cuda13x", "cupy-cuda12x", *(PEER_PACKAGES if against else ()))),
+        "gpu": gpu_name(),
+        "against": against,
+        "ceilings": ours["ceilings"],
+        "results": results,
+    }
+
+
+def cases(only: str | None, exact: bool) -> list[Case]:
+    """Return the cases that ranks share, a GPU each: 1.2B at 4 x 1024 a rank, and 8B at 4 x 2048.
+
+    Raises InputError for a model of another name.
+    """
+    known = {row.model: row for row in ROWS if row.batch == 4 and row.budget is None}
+    if only is not None and only not in known:
+        raise InputError(f"--model {only}: ranks on cuda measure one of {', '.join(known)}")
+    return [_case(row, exact) for model, row in known.items() if only in (None, model)]
+
+
+def _case(row: Row, exact: bool) -> Case:
+    def engine(model: Llama, ranks: Ranks) -> Engine:
+        cupy.get_default_memory_pool().free_all_blocks()  # of the engine before
+        if exact:
+            return ExactEngine(
+                model,
+                batch_size=row.batch,
+                max_grad_norm=CLIP,
+                weight_decay=0.0,
+                checkpointing=row.checkpointing,
+                seed=0,
+                threads=1,
+                ranks=ranks,
+            )
+        settings = Settings(row.batch, row.tokens, row.checkpointing)
+        return GpuEngine(model, settings, max_grad_norm=CLIP, weight_decay=0.0, seed=0, ranks=ranks)
+
+    return Case(f"{row.name} a rank", row.batch, row.tokens, RANK, lambda: random_model(row.model), engine)
+
+
+def gpu_name() -> str:
+    """Return what the current GPU calls itself."""
+    runtime = cupy.cuda.runtime
+    name: bytes = runtime.getDeviceProperties(runtime.getDevice())["name"]
+    return name.decode()
+
+
+def token_ids(model: str, batch: int, tokens: int) -> NDArray[np.int32]:
+    """Return the token ids that both sides take."""
+    generator = np.random.default_rng(1)
+    return generator.integers(0, CONFIGS[model]["vocab_size"], (batch, tokens)).astype(np.int32)
+
+
+def random_model(name: str) -> Llama:
+    """Return a model of random weights, double-quantized NF4 in the host's memory, with fresh adapters."""
+    config, params = config_of(name), {}
+    for parameter, value in weights(name):
+        params[parameter] = to_host(quantize(value, 64, "nf4", True)) if "_proj" in parameter else value.get()
+        del value
+        cupy.get_default_memory_pool().free_all_blocks()
+    return Llama(config, params, _adapters(config))
+
+
+def _adapters(config: LlamaConfig) -> dict[str, LoRA]:
+    return {
+        name: init_lora(name, inputs, outputs, RANK, ALPHA, 0.0, 0)
+        for name, (outputs, inputs) in linear_shapes(config).items()
+    }
+
+
+def settings_of(row: Row, model: Llama) -> Settings:
+    """Return a row's settings: with a budget, as many layers kept as it has room for."""
+    settings = Settings(row.batch, row.tokens, row.checkpointing)
+    if row.budget is None:
+        return settings
+    forms = forms_of(model)
+    shapes = shapes_of(model.adapters)
+    for kept in range(model.config.num_hidden_layers, -1, -1):
+        settings = replace(settings, kept=kept)
+        arena = Arena()
+        planning.make(arena, model.config, shapes, forms, settings)
+        if arena.size + (64 << 20) <= row.budget:
+            break
+    return settings
+
+
+def measure(row: Row, model: Llama) -> dict[str, Any]:
+    """Return the seconds of a step, losses, memory, the floor, and the timeline of one step."""
+    pool = cupy.get_default_memory_pool()
+    before = pool.total_bytes()
+    device = Timed()
+    settings = settings_of(row, model)
+    for lora in model.adapters.values():
+        lora.B[:] = 0
+    engine = GpuEngine(model, settings, max_grad_norm=CLIP, weight_decay=0.0, seed=0, device=device)
+    ids = token_ids(row.model, row.batch, row.tokens)
+    # As transformers shifts its labels: the last position predicts nothing.
+    examples = [Example(line, np.append(line[1:], np.int32(IGNORE))) for line in ids]
+    micro_batches = [(examples, list(range(row.batch)))]
+    losses, seconds = [], []
+    for _ in range(WARM_UP + STEPS):
+        started = time.perf_counter()
+        losses.append(engine.step(micro_batches, RATE).loss)
+        seconds.append(time.perf_counter() - started)
+    peak = pool.total_bytes() - before
+    step = statistics.median(seconds[WARM_UP:])
+    timeline = engine.timeline(device, micro_batches, RATE)
+    return {
+        "seconds": step,
+        "losses": losses,
+        "plan": engine.plan.use,
+        "kept_layers": settings.kept if row.checkpointing else model.config.num_hidden_layers,
+        "peak_bytes": peak,
+        **work(model.config, row, settings.kept),
+        "timeline": timeline,
+    }
+
+
+def work(config: LlamaConfig, row: Row, kept: int) -> dict[str, float]:
+    """Return the products' operations that a step needs, and the fewest bytes of device memory it moves.
+
+    Operations: forward, and the gradient of inputs, of every weight, the head and attention; what checkpointing
+    computes again; the adapters. Bytes: the weights' codes once a direction, and of each layer's vectors of a
+    token what is written and read by the operations between products, once.
+    """
+    tokens, depth = row.batch * row.tokens, config.num_hidden_layers
+    shapes = [shape for name, shape in linear_shapes(config).items() if ".layers.0." in name]
+    linear = sum(outputs * inputs for outputs, inputs in shapes)
+    down = config.hidden_size * config.intermediate_size
+    again = depth - min(kept, depth) if row.checkpointing else 0
+    width = config.num_attention_heads * config.head_dim
+    attention = 4 * width * row.tokens / 2
+    operations = depth * (4 * linear + 3.5 * attention) + again * (2 * (linear - down) + attention)
+    operations += 4 * config.vocab_size * config.hidden_size
+    operations += depth * 6 * RANK * sum(outputs + inputs for outputs, inputs in shapes)
+    codes = depth * linear * (0.5 + 1 / 64) * (2 + again / depth)
+    keys = 2 * config.num_key_value_heads * config.head_dim
+    vectors = 14 * config.hidden_size + 6 * (2 * width + keys) + 13 * config.intermediate_size
+    return {"operations": operations * tokens, "bytes": codes + 2.0 * tokens * depth * vectors}
+
+
+def ceilings() -> dict[str, float]:
+    """Return this GPU's rates: of a copy, in bytes read and written a second; of a bfloat16 product, a second."""
+    device = Timed()
+    size = 2 << 30
+    first, second = device.allocate(size), device.allocate(size)
+    n = 8192
+    values = cupy.random.standard_normal((3 * n, n), dtype=cupy.float32).astype(BFLOAT16)
+    a, b, c = (
+        Matrix(values.data.ptr + i * n * n * 2, n, n, n, BFLOAT16) for i in range(3)
+    )
+
+    def once() -> None:
+        for _ in range(5):
+            device.copy(first, second, size)
+            device.multiply(a, b, c, transpose_b=True)
+
+    once()
+    rows = {row["what"]: row for row in device.measured(once)}
+    copy, product = rows["copy"], rows[f"product {n} x {n} x {n}"]
+    return {
+        "copy_bytes_per_second": 2 * size * copy["count"] / copy["seconds"],
+        "product_operations_per_second": product["flops"],
+    }
+
+
+def generate(model: Llama) -> dict[str, Any]:
+    """Return the tokens a second of a greedy continuation, after the first, and the timeline of one token."""
+    device = Timed()
+    settings = Settings(1, PROMPT, positions=PROMPT + GENERATED, training=False)
+    decoder = Inference(model, settings, device=device, decode=True).decoder
+    assert decoder is not None
+    ids = token_ids(GENERATION_MODEL, 1, PROMPT)[0]
+    rate = 0.0
+    for _ in range(2):
+        tokens = decoder.likeliest(ids.tolist(), GENERATED)
+        next(tokens)
+        started = time.perf_counter()
+        count = sum(1 for _ in tokens)
+        rate = count / (time.perf_counter() - started)
+    return {
+        "tokens_per_second": rate,
+        "bytes": decoder.bytes_read(),
+        "timeline": decoder.timeline(device),
+    }
+
+
+def main() -> None:
+    """Print the figures of one model's rows, by their names, and the GPU's ceilings, as one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m nf4_gpu.train.bench", description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--generation", action="store_true")
+    options = parser.parse_args()
+    found: dict[str, Any] = {"ceilings": ceilings()}
+    gc.collect()
+    model = random_model(options.model)
+    for row in ROWS:
+        if row.model == options.model:
+            cupy.get_default_memory_pool().free_all_blocks()
+            found[row.name] = measure(row, model)
+            gc.collect()
+    if options.generation:
+        cupy.get_default_memory_pool().free_all_blocks()
+        found["generation"] = generate(model)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
