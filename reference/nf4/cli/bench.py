@@ -47,11 +47,11 @@ def command(
 ) -> None:
     """Measure quantize and dequantize (codec), or one QLoRA training step (train).
 
-    codec: float32 4096 x 4096 in blocks of 64, plain and double-quantized; on cuda bfloat16 of three shapes,
-    and products with the weight. train: a model of SmolLM2-135M's shape in NF4 with double quantization, r 8
-    on all linear layers, 4 x 256 tokens, float32, AdamW. Both sides run with their own default number of
-    threads. train on cuda: Llama-shaped models of 135M, 1.2B and 8B parameters, r 16, bfloat16, with the floor
-    that arithmetic and memory set, a timeline, and generation.
+    codec: float32 4096 x 4096 in blocks of 64, plain and double-quantized; on cuda bfloat16 of three
+    shapes, and products with the weight. train: a model of SmolLM2-135M's shape in NF4 with double
+    quantization, r 8 on all linear layers, 4 x 256 tokens, float32, AdamW. Both sides run with their own
+    default number of threads. train on cuda: Llama-shaped models of 135M, 1.2B and 8B parameters, r 16,
+    bfloat16, with the floor that arithmetic and memory set, a timeline, and generation.
     """
     if against is not None and PEERS[what] != against:
         raise InputError(f"nf4 bench {what} runs against {PEERS[what]}, not {against}")
@@ -65,7 +65,9 @@ def command(
             report = bench.run(rounds or 20, against)
         else:
             if rounds is not None:
-                raise InputError("--rounds is not for  nf4 bench train --device cuda: it measures seven steps")
+                raise InputError(
+                    "--rounds is not for  nf4 bench train --device cuda: it measures seven steps"
+                )
             from nf4_gpu.train import bench as training
 
             report = training.run(against, None if model is None else str(model))
@@ -181,7 +183,11 @@ def show_training(report: dict[str, Any]) -> None:
             rate = ours["tokens_per_second"]
             cells = [f"{1e3 / rate:.2f}", "", f"{1e3 * floor:.2f}", f"{floor * rate:.2f}"]
             if peer:
-                cells += [f"{1e3 / peer['tokens_per_second']:.2f}", "", f"{rate / peer['tokens_per_second']:.2f}"]
+                cells += [
+                    f"{1e3 / peer['tokens_per_second']:.2f}",
+                    "",
+                    f"{rate / peer['tokens_per_second']:.2f}",
+                ]
         else:
             floor = ours["floor_seconds"]
             cells = [f"{1e3 * ours['seconds']:.2f}", f"{ours['peak_bytes'] / 2**30:.2f}"]

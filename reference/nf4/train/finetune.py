@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -107,7 +107,8 @@ class FinetuneOptions:
         least: dict[str, float] = {
             "steps": 1, "rank": 1, "batch_size": 1, "seq_len": 1, "grad_accum": 1, "threads": 1,
             "save_every": 1, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "dropout": 0, "seed": 0,
-            "eval_every": 0, "eval_sequences": 0, "keep_layers": 0, "optimizer_budget": 1, "weights_budget": 1,
+            "eval_every": 0, "eval_sequences": 0, "keep_layers": 0, "optimizer_budget": 1,
+            "weights_budget": 1,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
@@ -552,12 +553,12 @@ def _sample_prompt(example: Example) -> list[int]:
 
 def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) -> dict[str, Any]:
     """Return what makes two runs the same one: the options and digests of the weights and the examples."""
-    fields = asdict(options)
+    chosen = asdict(options)
     return {
-        "options": {name: value for name, value in fields.items() if name not in _FREE}
+        "options": {name: value for name, value in chosen.items() if name not in _FREE}
         | {"targets": list(options.targets)},
         "paths": {
-            name: str(Path(fields[name]).resolve()) if fields[name] else None
+            name: str(Path(chosen[name]).resolve()) if chosen[name] else None
             for name in ("model", "data", "eval_data")
         },
         "steps": options.steps,
@@ -568,7 +569,9 @@ def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str) ->
 
 
 def _comparable(identity: dict[str, Any]) -> dict[str, Any]:
-    plain = {f"{_flag(name)}": value for name, value in identity["options"].items()}
+    # A run that began before there was an option ran as its default says.
+    defaults = {field.name: field.default for field in fields(FinetuneOptions) if field.name not in _FREE}
+    plain = {_flag(name): value for name, value in (defaults | identity["options"]).items()}
     return plain | {name: identity[name] for name in ("train", "model", "data")}
 
 
