@@ -223,7 +223,7 @@ def test_the_same_bits_any_way_on_the_gpu(request: pytest.FixtureRequest) -> Non
         for name, way in WAYS.items():
             options = {key: value for key, value in way.items() if key != "record"}
             options |= {
-                key: value * 40
+                key: value * 75
                 for key, value in options.items()
                 if "budget" in key and "hidden_size" in model
             }
