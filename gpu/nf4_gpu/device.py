@@ -130,6 +130,7 @@ class Cuda:
         self.capability = capability(self._number)
         self.shared_memory = shared_memory(self._number)
         self._memory: list[Any] = []  # what keeps it allocated
+        self._launched: set[int] = set()  # functions that may be launched early
         self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(STREAMS)]
         self._current = MAIN
         self._products = Products()
@@ -203,11 +204,13 @@ class Cuda:
         """Launch a kernel on the current stream, from sm_90 on before what precedes it has ended."""
         from nf4_gpu.compile import kernel, launch_early
 
-        if self.capability < 90:
-            self.launch(source, name, grid, block, arguments, shared=shared, **defines)
-            return
         function = kernel(self._number, source, name, shared, **defines)
-        launch_early(function, grid, block, arguments, shared, self._streams[self._current].ptr)
+        if self.capability < 90 or function.ptr not in self._launched:
+            # What was just loaded has to be on the device before its kernel begins: it waits like any other.
+            self._launched.add(function.ptr)
+            self.launch(source, name, grid, block, arguments, shared=shared, **defines)
+        else:
+            launch_early(function, grid, block, arguments, shared, self._streams[self._current].ptr)
 
     def multiply(
         self,

@@ -34,7 +34,7 @@ from nf4_gpu.train.plan import Settings
 from nf4_gpu.train.timeline import Timed
 
 RANK, ALPHA, RATE, CLIP = 16, 32, 1e-4, 1.0
-WARM_UP, STEPS = 3, 7
+WARM_UP, STEPS = 3, 5
 PROMPT, GENERATED = 512, 128
 PEER_PACKAGES = ("torch", "bitsandbytes", "transformers", "peft", "accelerate")
 GENERATION_MODEL = "8B"

@@ -66,7 +66,7 @@ def command(
         else:
             if rounds is not None:
                 raise InputError(
-                    "--rounds is not for  nf4 bench train --device cuda: it measures seven steps"
+                    "--rounds is not for  nf4 bench train --device cuda: it measures a few steps each"
                 )
             from nf4_gpu.train import bench as training
 
