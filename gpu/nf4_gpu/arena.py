@@ -1,4 +1,4 @@
-"""Memory of the device laid out ahead by host arithmetic: once to count it, once more where it has been taken."""
+"""Memory of the device laid out by host arithmetic: once to count it, once more where it has been taken."""
 
 from collections import Counter
 from typing import Any
@@ -38,7 +38,7 @@ class Arena:
     def matrix(
         self, use: str, rows: int, columns: int, dtype: np.dtype[Any] = BFLOAT16, tail: int = 0
     ) -> Matrix:
-        """Return a matrix whose rows have room for `tail` more columns, and begin at multiples of 128 bytes."""
+        """Return a matrix whose rows have room for `tail` more columns, each at a multiple of 128 bytes."""
         pitch = columns
         if rows > 1:
             pitch = round_up(columns + tail, 128 // dtype.itemsize)

@@ -1,4 +1,4 @@
-"""Matrix products by cuBLASLt through ctypes: other matrices added, biases, any pitch; chosen once a shape."""
+"""Matrix products by cuBLASLt through ctypes: other matrices added, biases, any pitch."""
 
 import ctypes
 import math
@@ -30,7 +30,7 @@ class _Choice(ctypes.Structure):
 
 
 class Products:
-    """The products of one device. The same shape gets the same algorithm, and so the same bits, every time."""
+    """The products of one device. The same shape gets the same algorithm and so the same bits."""
 
     def __init__(self) -> None:
         from cuda.pathfinder import load_nvidia_dynamic_lib
@@ -98,7 +98,7 @@ class Products:
         bias: bool,
         alignments: tuple[int, ...],
     ) -> "_Plan":
-        """Describe a product as cuBLAS sees it, columns first: out^T = op(b)^T op(a)^T; take its first choice."""
+        """Describe a product as cuBLAS sees it, out^T = op(b)^T op(a)^T; take its first choice."""
         description = ctypes.c_void_p()
         self._call("cublasLtMatmulDescCreate", ctypes.byref(description), _COMPUTE_32F, _SCALE_32F)
         self._set("MatmulDesc", description, _TRANSA, ctypes.c_int32(transpose_b))

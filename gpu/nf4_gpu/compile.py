@@ -29,7 +29,10 @@ OPTIONS = (
     "-default-device",
     "--ptxas-options=--verbose",  # registers, shared memory and spills, in the log
 )
-FUSED = frozenset(f"model/{name}.cu" for name in ("attention", "attention90", "generate", "lora", "norm", "ops", "rope", "vector"))
+FUSED = frozenset(
+    f"model/{name}.cu"
+    for name in ("attention", "attention90", "generate", "lora", "norm", "ops", "rope", "vector")
+)
 """Sources whose products and sums may be fused: they only need speed, and carry a tolerance."""
 OF_ONE_ARCHITECTURE = frozenset(("hopper_many.cu", "model/attention90.cu"))
 """Sources with instructions that no other architecture has: compiled for sm_90a."""
@@ -109,7 +112,7 @@ class _Attribute(ctypes.Structure):
 _OVERLAPPING = _Attribute(6, 0, (ctypes.c_int * 16)(1))  # programmatic stream serialization
 
 
-def launch_overlapping(
+def launch_early(
     function: Any, grid: tuple[int, ...], block: int, arguments: Sequence[Any], shared: int, stream: int
 ) -> None:
     """Launch a kernel that may begin before the one that precedes it on the stream has ended. From sm_90 on.
@@ -155,7 +158,9 @@ def cache_directory() -> Path:
 
 
 def _cached(source: str, arch: int, defines: Mapping[str, int]) -> bytes:
-    key = hashlib.sha256(repr((nvrtc.getVersion(), options_of(source), arch, sorted(defines.items()))).encode())
+    key = hashlib.sha256(
+        repr((nvrtc.getVersion(), options_of(source), arch, sorted(defines.items()))).encode()
+    )
     for path in [ROOM / source, *sorted(ROOM.rglob("*.cuh"))]:
         key.update(path.read_bytes())
     file = cache_directory() / f"{Path(source).stem}-{key.hexdigest()[:32]}.cubin"

@@ -1,7 +1,7 @@
 """The device as model and training see it: memory by address, launches on a few streams, products, graphs.
 
-What is launched eagerly and what is recorded into a graph goes through the same calls. Memory is taken before a
-run begins, so that nothing is allocated while a graph is recorded.
+What is launched eagerly and what is recorded into a graph goes through the same calls. Memory is taken
+before a run begins, so that nothing is allocated while a graph is recorded.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from nf4_gpu.matrix import Matrix
 
 MAIN, SIDE, AHEAD, IN, OUT = range(5)
-"""Streams: what a step waits for; gradients of adapters; weights written ahead; copies to and from the device."""
+"""Streams: what a step waits for; gradients of adapters; weights written ahead; copies in and out."""
 STREAMS = 5
 
 Mark = Any
@@ -30,6 +30,10 @@ class Device(Protocol):
     capability: int
     shared_memory: int
     allocated: int
+
+    @property
+    def taken(self) -> int:
+        """Bytes of the device that are gone since it was opened: what was allocated, graphs, kernels."""
 
     def allocate(self, nbytes: int) -> int:
         """Return the address of so many bytes, zeroed, aligned to 256, until the device is let go."""
@@ -46,13 +50,24 @@ class Device(Protocol):
         arguments: Sequence[Any],
         *,
         shared: int = 0,
-        overlapping: bool = False,
         **defines: int,
     ) -> None:
-        """Launch a kernel; shared: bytes of dynamic shared memory.
+        """Launch a kernel; shared: bytes of dynamic shared memory."""
 
-        If overlapping, it may begin before the one that precedes it on the stream has ended, for whose end it
-        waits by itself.
+    def launch_early(
+        self,
+        source: str,
+        name: str,
+        grid: tuple[int, ...],
+        block: int,
+        arguments: Sequence[Any],
+        *,
+        shared: int = 0,
+        **defines: int,
+    ) -> None:
+        """Launch a kernel that may begin before the one that precedes it on the stream has ended.
+
+        It waits for that by itself.
         """
 
     def multiply(
@@ -122,11 +137,18 @@ class Cuda:
         self.capability = capability(self._number)
         self.shared_memory = shared_memory(self._number)
         self._memory: list[Any] = []  # what keeps it allocated
+        self._launched: set[int] = set()  # functions that may be launched early
         self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(STREAMS)]
         self._current = MAIN
         self._products = Products()
         self.allocated = 0
+        self._free = self._runtime.memGetInfo()[0]
         self._workspace = self.allocate(WORKSPACE)
+
+    @property
+    def taken(self) -> int:
+        """Bytes that are gone since, by what the driver says is free."""
+        return int(self._free - self._runtime.memGetInfo()[0])
 
     def allocate(self, nbytes: int) -> int:
         """Return zeroed memory of the device. Raises InputError where there is not so much."""
@@ -139,8 +161,8 @@ class Cuda:
             free, total = self._runtime.memGetInfo()
             raise InputError(
                 f"{nbytes / 2**30:.2f} GiB of device memory can't be had: {free / 2**30:.2f} of "
-                f"{total / 2**30:.2f} GiB are free; end what else uses the GPU, or take less (--checkpointing, "
-                f"--batch-size, --optimizer-budget, --weights-budget)"
+                f"{total / 2**30:.2f} GiB are free; end what else uses the GPU, or take less "
+                f"(--checkpointing, --batch-size, --optimizer-budget, --weights-budget)"
             ) from error
         stream.synchronize()
         self._memory.append(memory)
@@ -167,17 +189,35 @@ class Cuda:
         arguments: Sequence[Any],
         *,
         shared: int = 0,
-        overlapping: bool = False,
         **defines: int,
     ) -> None:
         """Launch a kernel on the current stream."""
-        from nf4_gpu.compile import kernel, launch_overlapping
+        from nf4_gpu.compile import kernel
 
         function = kernel(self._number, source, name, shared, **defines)
-        if overlapping and self.capability >= 90:
-            launch_overlapping(function, grid, block, arguments, shared, self._streams[self._current].ptr)
+        function(grid, (block,), arguments, shared_mem=shared, stream=self._streams[self._current])
+
+    def launch_early(
+        self,
+        source: str,
+        name: str,
+        grid: tuple[int, ...],
+        block: int,
+        arguments: Sequence[Any],
+        *,
+        shared: int = 0,
+        **defines: int,
+    ) -> None:
+        """Launch a kernel on the current stream, from sm_90 on before what precedes it has ended."""
+        from nf4_gpu.compile import kernel, launch_early
+
+        function = kernel(self._number, source, name, shared, **defines)
+        if self.capability < 90 or function.ptr not in self._launched:
+            # What was just loaded has to be on the device before its kernel begins: it waits like any other.
+            self._launched.add(function.ptr)
+            self.launch(source, name, grid, block, arguments, shared=shared, **defines)
         else:
-            function(grid, (block,), arguments, shared_mem=shared, stream=self._streams[self._current])
+            launch_early(function, grid, block, arguments, shared, self._streams[self._current].ptr)
 
     def multiply(
         self,

@@ -1,6 +1,7 @@
 """Fixtures of the GPU's tests: they skip where there is no GPU, unless NF4_REQUIRE_GPU=1 demands one."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,23 @@ def torch(gpu: None) -> Any:
     if not torch.cuda.is_available():
         without("this PyTorch has no CUDA")
     return torch
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def device(request: pytest.FixtureRequest) -> Any:
+    """A device for the kernels of models: the emulated one, and then the GPU."""
+    return device_of(request.param, request)
+
+
+def device_of(kind: str, request: pytest.FixtureRequest) -> Any:
+    """Return a device; skip without the compiler that emulation needs, or without a GPU."""
+    import devices
+
+    if kind == devices.GPU:
+        request.getfixturevalue("gpu")
+    elif shutil.which("g++") is None:
+        pytest.skip("there is no g++, which compiles the kernels for the processor")
+    return devices.make(kind)
 
 
 def without(reason: str, at_least: int = 1) -> None:

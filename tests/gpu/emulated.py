@@ -1,7 +1,7 @@
-"""A device made of this machine's processor: the kernels compiled by g++ against emulator/, products by NumPy.
+"""A device made of this machine's processor: kernels compiled by g++ against emulator/, products by NumPy.
 
-It runs what the GPU runs, thread by thread, slowly. Other streams than MAIN run either at once or as late as they
-may, so that a wait that is missing shows as other bits.
+It runs what the GPU runs, thread by thread, slowly. Other streams than MAIN run either at once or as late
+as they may, so that a wait that is missing shows as other bits.
 """
 
 import ctypes
@@ -42,7 +42,8 @@ def library(source: str, **defines: int) -> ctypes.CDLL:
         *(line for line in text.splitlines() if "tensorcore.cuh" not in line and "warpgroup.cuh" not in line),
         *(
             f'extern "C" void launch_{name}(const unsigned* grid, const unsigned* block, unsigned shared, '
-            f"void** arguments, int count) {{ emulation::launch({name}, grid, block, shared, arguments, count); }}"
+            "void** arguments, int count) "
+            f"{{ emulation::launch({name}, grid, block, shared, arguments, count); }}"
             for name in names
         ),
     ]
@@ -88,6 +89,10 @@ class Emulated:
         self._recording: list[tuple[int, Callable[[], None]]] | None = None
         self.allocated = 0
 
+    @property
+    def taken(self) -> int:
+        return self.allocated
+
     def allocate(self, nbytes: int) -> int:
         memory = np.zeros(nbytes + 256, np.uint8)
         self._memory.append(memory)
@@ -106,7 +111,6 @@ class Emulated:
         arguments: Sequence[Any],
         *,
         shared: int = 0,
-        overlapping: bool = False,
         **defines: int,
     ) -> None:
         function = getattr(library(source, **defines), f"launch_{name}")
@@ -125,6 +129,8 @@ class Emulated:
 
         self._do(run)
 
+    launch_early = launch
+
     def multiply(
         self,
         a: Matrix,
@@ -139,12 +145,15 @@ class Emulated:
     ) -> None:
         assert self._current == MAIN
         for matrix in (a, b, out, *([add] if add else [])):
-            assert matrix.address % 16 == 0
-            assert matrix.pitch * matrix.dtype.itemsize % 16 == 0
+            aligned = 16 if matrix.dtype == BFLOAT16 else 4  # gradients of any rank are added to
+            assert matrix.address % aligned == 0
+            assert matrix.pitch * matrix.dtype.itemsize % aligned == 0
 
         def run() -> None:
             left, right = (view(x).astype(np.float32) for x in (a, b))
-            total = (left.T if transpose_a else left) @ (right.T if transpose_b else right) * np.float32(alpha)
+            total = (
+                (left.T if transpose_a else left) @ (right.T if transpose_b else right) * np.float32(alpha)
+            )
             assert total.shape == (out.rows, out.columns)
             if add is not None:
                 total += view(add).astype(np.float32)
@@ -173,7 +182,11 @@ class Emulated:
             self._current = before
 
     def mark(self) -> Any:
-        place: list[Any] = [0, 0, self._recording]  # the stream, what must be done of it, and in which recording
+        place: list[Any] = [
+            0,
+            0,
+            self._recording,
+        ]  # the stream, what must be done of it, and in which recording
         stream = self._current
 
         def run() -> None:

@@ -1,11 +1,14 @@
 """Every kernel compiles for every architecture, without a GPU: no spills, nothing that exactness forbids."""
 
 import re
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
 from nf4_gpu import hopper
-from nf4_gpu.compile import ROOM, compile_kernels
+from nf4_gpu.compile import FUSED, OF_ONE_ARCHITECTURE, ROOM, compile_kernels
+from nf4_gpu.model import attention, ops
+from nf4_gpu.train import run
 
 HOPPER = 90
 NEWEST_MEASURED = HOPPER  # where each combination is compiled; the other architectures get a few
@@ -14,7 +17,7 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 BLOCK_SIZES = (32, 64, 512, 4096)  # which differ in code
 TILES = (1, 2, 4, 8)
 FORBIDDEN = re.compile(r"\S*(?:\.ftz|\.approx|div\.full)\S*")
-FUSED = re.compile(r"\b(?:fma|mad)\.(?:r[nzmp]\.)?(?:f16|bf16|f32|f64)\S*")
+FUSED_INSTRUCTION = re.compile(r"\b(?:fma|mad)\.(?:r[nzmp]\.)?(?:f16|bf16|f32|f64)\S*")
 
 EXACT = ("exact/elementary.cu", "exact/linear.cu", "exact/ops.cu", "train/exact.cu")
 VALUED = ("exact/attention.cu", "exact/grid.cu")
@@ -56,7 +59,40 @@ def cases() -> list[Case]:
         found += [(source, arch, {"DTYPE": 2}) for source in EXACT]
         found.append(("nested.cu", arch, {"DTYPE": 0}))
         found += [("random.cu", arch, {"DTYPE": dtype}) for dtype in DTYPES.values()]
+        found += [("train/adamw.cu", arch, {"DTYPE": dtype}) for dtype in (0, 2)]
+    for arch in (NEWEST_MEASURED, *OTHERS):
+        if arch >= run.OLDEST:
+            found += [(source, arch, defines) for source, defines in model_cases(arch)]
     return [case for i, case in enumerate(found) if case not in found[:i]]
+
+
+def model_cases(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield the kernels of a model, as its launches define it; for most architectures a few."""
+    both, all_ = (0, 1), arch == NEWEST_MEASURED
+    yield "model/ops.cu", {"DTYPE": 2}
+    yield "model/weights.cu", {"DTYPE": 2}
+    for width in (64, 576, 4096, 8192) if all_ else (4096,):
+        yield "model/norm.cu", {"DTYPE": 2, "WIDTH": width, "LANES": ops.norm_lanes(width)}
+    for dim, norms in product((8, 24, 64, 128, 256) if all_ else (128,), both):
+        yield "model/rope.cu", {"DTYPE": 2, "DIM": dim, "QK_NORM": norms}
+        yield "model/rope.cu", {"DTYPE": 2, "DIM": dim, "QK_NORM": norms, "SHARES": 4}
+        yield "model/generate.cu", {"DTYPE": 2, "GROUP": 4, "DIM": dim, "QK_NORM": norms}
+    for dim, memory, shared in product((8, 24, 64, 96, 128, 256), (227, 163, 99), (False, True)):
+        shape = attention.shape_for(dim, arch, memory << 10)
+        if all_ or (dim in (64, 128) and memory == 99):
+            for only in shape.passes:
+                yield shape.source, shape.defined(only, shared)
+    for dim in (64, 128) if all_ else ():  # as another device of this compute capability may have it
+        yield "model/attention.cu", attention.shape_for(dim, 80, 163 << 10).defined()
+    for pairs, warps, across in product((1, 2, 3, 4), (4, 8), both) if all_ else [(3, 4, 0), (4, 8, 1)]:
+        yield "model/lora.cu", {"DTYPE": 2, "PAIRS": pairs, "WARPS": warps, "ACROSS": across}
+    for prologue in range(3):
+        yield "model/vector.cu", {"DTYPE": 2, "KIND": 1, "PROLOGUE": prologue}
+        for warps, row, stages, halves in ((16, 256, 4, 0), (16, 256, 2, 1), (8, 128, 3, 1), (4, 64, 2, 0)):
+            yield "model/vector.cu", {
+                "DTYPE": 2, "KIND": 0, "PROLOGUE": prologue, "WARPS": warps, "TABLE_ROW": row,
+                "STAGES": stages, "HALVES": halves,
+            }  # fmt: skip
 
 
 def name(case: Case) -> str:
@@ -88,6 +124,8 @@ def test_a_kernel_compiles_without_spills(case: Case) -> None:
         ("nested.cu", 90, {"DTYPE": 0}),
         *((source, arch, {"DTYPE": 2}) for source in EXACT for arch in (75, 90)),
         *((source, 90, {"DTYPE": 2, "LANES": 32, "VALUES": 16}) for source in VALUED),
+        ("model/weights.cu", 90, {"DTYPE": 2}),
+        *(("train/adamw.cu", arch, {"DTYPE": dtype}) for dtype in (0, 2) for arch in (80, 90)),
     ],
 )
 def test_exact_kernels_neither_flush_nor_approximate_nor_fuse(
@@ -96,7 +134,8 @@ def test_exact_kernels_neither_flush_nor_approximate_nor_fuse(
     text = compile_kernels(source, arch, defines, "compute")[0].decode()
     assert ".entry" in text
     assert not FORBIDDEN.findall(text)
-    assert set(FUSED.findall(text)) == (SUMS_ON_GRIDS if source == "exact/linear.cu" else set())
+    allowed = SUMS_ON_GRIDS if source == "exact/linear.cu" else set()
+    assert set(FUSED_INSTRUCTION.findall(text)) == allowed
 
 
 @pytest.mark.parametrize("dtype", [1, 2])
@@ -131,13 +170,17 @@ def test_what_is_forbidden_is_found() -> None:
         "mul.ftz.f32",
         "rcp.approx.f32",
     ]
-    assert FUSED.findall("\tfma.rn.f32 %f1;\n\tmad.lo.s32 %r1;\n\tmad.f32 %f2;") == ["fma.rn.f32", "mad.f32"]
+    assert FUSED_INSTRUCTION.findall("\tfma.rn.f32 %f1;\n\tmad.lo.s32 %r1;\n\tmad.f32 %f2;") == [
+        "fma.rn.f32",
+        "mad.f32",
+    ]
 
 
 def test_every_kernel_file_is_compiled_here() -> None:
     assert {source for source, _, _ in cases()} == {
         path.relative_to(ROOM).as_posix() for path in ROOM.rglob("*.cu")
     }
+    assert {source for source, _, _ in cases()} >= FUSED | OF_ONE_ARCHITECTURE
 
 
 def test_a_mistake_is_shown_with_the_compilers_words() -> None:

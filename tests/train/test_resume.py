@@ -196,6 +196,23 @@ def test_what_differs_is_listed(tmp_path: Path, model: Path, text: Path, whole: 
     assert "model was" not in result.stderr
 
 
+def test_a_run_from_before_an_option_resumes(
+    tmp_path: Path, model: Path, text: Path, nf4: Nf4, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    read = snapshot.read_facts
+    assert nf4("finetune", model, text, "--out", out, "--steps", 2, "--seq-len", 32).exit_code == 0
+
+    def without_device(path: Path) -> Any:
+        progress, identity = read(path)
+        identity["options"].pop("device")
+        return progress, identity
+
+    monkeypatch.setattr(snapshot, "read_facts", without_device)
+    result = nf4("finetune", "--out", out, "--resume", "--steps", 3)
+    assert result.exit_code == 0, result.output
+
+
 def test_another_model_is_refused(
     tmp_path: Path, tiny_model: Callable[..., Path], text: Path, whole: Path, nf4: Nf4
 ) -> None:

@@ -21,8 +21,8 @@ _OTHER = 3072  # bytes of shared memory that the kernels take beside what they a
 class Shape:
     """How the kernels of a head dimension are cut, and what shared memory they take.
 
-    rows: queries of a thread block forward; back: queries or keys backward; passes: of the backward of keys and
-    values, both at once or values and then keys.
+    rows: queries of a thread block forward; back: queries or keys backward; passes: of the backward of keys
+    and values, both at once or values and then keys.
     """
 
     source: str
@@ -61,12 +61,10 @@ def shape_for(dim: int, capability: int, shared_memory: int) -> Shape:
 
 
 def _by_warpgroups(dim: int) -> Shape:
-    """The cut of attention90.cu: 128 rows of both sides forward, 64 of one backward; two and three take turns."""
+    """The cut of attention90.cu: 128 rows of both sides forward, 64 of one backward."""
     tile, part = 128 * dim * 2, 64 * dim * 2
     back = 1024 + 2 * tile + 6 * part
-    return Shape(
-        "model/attention90.cu", 384, 128, 128, 1024 + 5 * tile, back, back, (0,), (("DIM", dim),)
-    )
+    return Shape("model/attention90.cu", 384, 128, 128, 1024 + 5 * tile, back, back, (0,), (("DIM", dim),))
 
 
 def _by_warps(dim: int, rows: int, keys: int, queries: int, passes: tuple[int, ...]) -> Shape:
@@ -146,10 +144,10 @@ def attend_backward(
     d: Matrix,
     shares: tuple[int, int] | None,
 ) -> None:
-    """The gradients of queries, keys and values side by side in d; delta: memory for float32 [queries, tokens].
+    """The gradients of queries, keys and values, into d; delta: memory for float32 [queries, tokens].
 
-    With shares, the addresses of float32 [queries, tokens, dim], each query head leaves there what it has of the
-    gradients of keys and of values.
+    With shares, the addresses of float32 [queries, tokens, dim], each query head leaves there what it has
+    of the gradients of keys and of values.
     """
     dq, dk, dv = split(d, heads)
     address, count = by_query
@@ -160,8 +158,8 @@ def attend_backward(
         (count, heads.queries),
         shape.threads,
         (
-            *inputs, out.address, out.pitch, dout.address, dout.pitch, lse, address, heads.group, heads.window,
-            _scale(heads), dq.address, dq.pitch, delta, q.rows,
+            *inputs, out.address, out.pitch, dout.address, dout.pitch, lse, address, heads.group,
+            heads.window, _scale(heads), dq.address, dq.pitch, delta, q.rows,
         ),
         shared=shape.queries_bytes,
         **shape.defined(),

@@ -1,4 +1,4 @@
-"""Generation on the device: a prompt in one pass, then a token at a time from recorded launches, with a cache."""
+"""Generation on the device: a prompt in one pass, then a token at a time from recorded launches."""
 
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from nf4.errors import InputError
-from nf4.floats import BFLOAT16, FLOAT32
+from nf4.floats import BFLOAT16
 from nf4.model import generate as reference
 from nf4.model.config import LlamaConfig
 from nf4.model.llama import FINAL_NORM
@@ -27,6 +27,8 @@ _GROUP = {_CODES: 16, _BF16: 32}  # rows that a thread block takes at a time
 _SPAN = {_CODES: 256, _BF16: 1024}  # columns that the vector is padded to
 _WARPS, _RESIDENT = 8, 2  # of rows in bfloat16: warps of a thread block, and thread blocks at a time
 _STAGE = 16 * 256 // 2  # bytes of codes on their way to a warp
+_ZEROS = 256  # bytes beside the vector
+_MOST_QUERIES = 2048
 _STATIC = 2048  # bytes of shared memory at most that a kernel has unasked
 _PARTS = 16  # of the positions that attention takes side by side
 _BLOCKS = 128  # of take_likeliest
@@ -64,8 +66,6 @@ class Decoder:
 
     def __init__(self, arena: Arena, network: Network, positions: int) -> None:
         config = network.config
-        if not self.takes(config):
-            raise InputError("generation on the GPU takes widths that are multiples of 32, and at most 2048 of queries a key head")
         self.network, self.positions = network, positions
         width = config.num_key_value_heads * config.head_dim
         queries = config.num_attention_heads * config.head_dim
@@ -79,7 +79,8 @@ class Decoder:
             at += 2 * round_up(size, 256)
             self._caches.append((pair[0], pair[1]))
         floats = {
-            "x": config.hidden_size, "qkv": queries + 2 * width, "mixed": queries, "gate_up": 2 * config.intermediate_size,
+            "x": config.hidden_size, "qkv": queries + 2 * width, "mixed": queries,
+            "gate_up": 2 * config.intermediate_size,
             "z": max(64, *(group.narrow for groups in network.layers for group in groups.values())),
             "logits": network.padded,
         }  # fmt: skip
@@ -95,14 +96,6 @@ class Decoder:
         modules = sum(len(targets) for targets in GROUPS.values())
         self._job_memory = arena.take("buffers", _ROWS.itemsize * (modules * config.num_hidden_layers + 1))
         self._narrow_memory = arena.take("buffers", _NARROW.itemsize * modules * config.num_hidden_layers)
-
-    @staticmethod
-    def takes(config: LlamaConfig) -> bool:
-        """Whether the kernels take a model's widths and heads."""
-        width = config.num_attention_heads * config.head_dim
-        group = config.num_attention_heads // config.num_key_value_heads
-        whole = not (config.hidden_size % 32 or config.intermediate_size % 32 or width % 32)
-        return whole and group * config.head_dim <= 2048
 
     def load(self, device: Device) -> None:
         """Tell the kernels what the network, which is loaded, has where."""
@@ -137,9 +130,7 @@ class Decoder:
                 ranks = sum(int(part["ranks"]) for part in narrow[first:])
                 at = self._narrow_memory + first * _NARROW.itemsize
                 # Each launch makes z anew: there is but one where all the weights are of one kind.
-                found[key] = [
-                    self._add(jobs, kind, part, at, ranks) for (kind, _, _), part in rows.items()
-                ]
+                found[key] = [self._add(jobs, kind, part, at, ranks) for (kind, _, _), part in rows.items()]
             self._launches.append(found)
         head = np.zeros((), _ROWS)
         head["from"], head["rows"], head["y"] = network.table.address, config.vocab_size, self._at["logits"]
@@ -155,9 +146,7 @@ class Decoder:
         self._steps: dict[bool, Callable[[], None]] = {}
         self._stepped: set[bool] = set()
 
-    def _add(
-        self, jobs: list[Any], kind: int, part: list[Any], adapters: int, narrow: int
-    ) -> _Launch:
+    def _add(self, jobs: list[Any], kind: int, part: list[Any], adapters: int, narrow: int) -> _Launch:
         first, groups = self._job_memory + len(jobs) * _ROWS.itemsize, 0
         for job in part:
             job["first"] = groups
@@ -187,7 +176,14 @@ class Decoder:
         x = network.prompt(shape, n, self._caches)
         last = network.inputs.at("index")
         self._embed(x, last)
-        self._multiply(self._head, _NORM, "x", self._norm(FINAL_NORM), pitch=self.network.table.pitch, columns=self.network.config.hidden_size)
+        self._multiply(
+            self._head,
+            _NORM,
+            "x",
+            self._norm(FINAL_NORM),
+            pitch=self.network.table.pitch,
+            columns=self.network.config.hidden_size,
+        )
         cache.length = n
         self._pinned[0] = n - 1
         device.copy(self._at["position"], self._pinned.ctypes.data, 4)
@@ -208,7 +204,7 @@ class Decoder:
     def logits(
         self, ids: NDArray[np.integer[Any]], cache: Cache | None = None, last: bool = False
     ) -> NDArray[np.float32]:
-        """Return the logits after ids, [1, vocabulary], where ids follow what the cache holds: as Llama does."""
+        """Return the logits after ids, [1, vocabulary], which follow what the cache holds, as Llama does."""
         cache = Cache() if cache is None else cache
         if cache.length == 0:
             self.prompt(np.asarray(ids), cache)
@@ -279,12 +275,26 @@ class Decoder:
             norm = self._norm(f"{prefix}post_attention_layernorm.weight")
             self._group(i, "gate_up", _NORM, "x", norm, config.hidden_size)
             self._group(i, "down", _SWIGLU, "gate_up", (0, 0.0), config.intermediate_size, add=True)
-        self._multiply(self._head, _NORM, "x", self._norm(FINAL_NORM), pitch=self.network.table.pitch, columns=self.network.config.hidden_size)
+        self._multiply(
+            self._head,
+            _NORM,
+            "x",
+            self._norm(FINAL_NORM),
+            pitch=self.network.table.pitch,
+            columns=self.network.config.hidden_size,
+        )
         if likeliest:
             self._likeliest()
 
     def _group(
-        self, i: int, key: str, prologue: int, x: str, norm: tuple[int, float], columns: int, add: bool = False
+        self,
+        i: int,
+        key: str,
+        prologue: int,
+        x: str,
+        norm: tuple[int, float],
+        columns: int,
+        add: bool = False,
     ) -> None:
         for launch in self._launches[i][key]:
             self._multiply(launch, prologue, x, norm, columns=columns, add=add)
@@ -305,12 +315,19 @@ class Decoder:
         warps, resident = _WARPS, _RESIDENT
         defines = {"DTYPE": ops.BFLOAT16, "KIND": kind, "PROLOGUE": prologue}
         if kind == _CODES:
-            warps, table_row, stages, shared = _shared_memory(shared, device.shared_memory)
+            cut = _cut(columns, device.shared_memory)
+            assert cut is not None  # as why_not said
+            warps, table_row, stages, shared = cut
             resident = 1
-            defines |= {"WARPS": warps, "TABLE_ROW": table_row, "STAGES": stages, "HALVES": int(columns % 64 != 0 or launch.small_blocks)}
+            defines |= {
+                "WARPS": warps,
+                "TABLE_ROW": table_row,
+                "STAGES": stages,
+                "HALVES": int(columns % 64 != 0 or launch.small_blocks),
+            }
         narrow_blocks = -(-launch.narrow // warps)
         most = max(resident * device.processors - narrow_blocks, 1)
-        device.launch(
+        device.launch_early(
             VECTOR,
             "multiply_vector",
             (narrow_blocks + min(launch.groups, most),),
@@ -321,7 +338,6 @@ class Decoder:
                 self._at["ready"], add,
             ),
             shared=shared,
-            overlapping=True,
             **defines,
         )  # fmt: skip
 
@@ -331,7 +347,7 @@ class Decoder:
         eps = 0.0
         if heads.query_norm is not None and heads.key_norm is not None:
             weights, eps = (heads.query_norm.weight, heads.key_norm.weight), heads.query_norm.eps
-        self._device.launch(
+        self._device.launch_early(
             SOURCE,
             "attend_token",
             (heads.keys, _PARTS),
@@ -341,7 +357,6 @@ class Decoder:
                 heads.cosines, heads.sines, heads.window, np.float32(_LOG2E / math.sqrt(heads.dim)), *weights,
                 np.float32(eps), self._at["mixed"], self._at["partial"], self._at["counters"],
             ),
-            overlapping=True,
             **self._defines(),
         )  # fmt: skip
 
@@ -356,11 +371,11 @@ class Decoder:
     def _likeliest(self) -> None:
         at = self._at
         arguments = (
-            at["logits"], self.network.config.vocab_size, at["token"], at["tokens"], at["position"], at["best"],
-            at["counter"],
+            at["logits"], self.network.config.vocab_size, at["token"], at["tokens"], at["position"],
+            at["best"], at["counter"],
         )  # fmt: skip
-        self._device.launch(
-            SOURCE, "take_likeliest", (_BLOCKS,), 256, arguments, overlapping=True,
+        self._device.launch_early(
+            SOURCE, "take_likeliest", (_BLOCKS,), 256, arguments,
             **self._defines(),
         )  # fmt: skip
 
@@ -396,22 +411,35 @@ class Decoder:
         self._device.synchronize()
 
 
-def _shared_memory(vector: int, there: int) -> tuple[int, int, int, int]:
-    """Return a product's warps, the bytes of a row of its table, the stages of a ring, and the shared memory then.
+def why_not(config: LlamaConfig, shared_memory: int) -> str | None:
+    """Return why the kernels don't take a model where thread blocks have so many bytes, if they don't."""
+    width, inner, hidden = (
+        config.num_attention_heads * config.head_dim,
+        config.intermediate_size,
+        config.hidden_size,
+    )
+    group = config.num_attention_heads // config.num_key_value_heads
+    if hidden % 32 or inner % 32 or width % 32 or group * config.head_dim > _MOST_QUERIES:
+        return f"the widths must be multiples of 32, with at most {_MOST_QUERIES} of queries a key head"
+    if _cut(max(hidden, inner, width), shared_memory) is None or 2 * round_up(hidden, 1024) > shared_memory:
+        return f"the widths are too large for {shared_memory} bytes of shared memory"
+    return None
 
-    vector: bytes of the vector that a launch reads; there: bytes that a thread block may have.
+
+def _cut(columns: int, shared_memory: int) -> tuple[int, int, int, int] | None:
+    """Return a product's warps, the bytes of a row of its table, a ring's stages, and the shared memory then.
+
+    columns: of the vector; shared_memory: bytes that a thread block may have. None if they are too few.
     """
     for warps, table_row, stages in (
         (16, 256, 4), (16, 256, 3), (16, 256, 2), (8, 128, 3), (8, 128, 2), (4, 64, 2),
     ):  # fmt: skip
         sums = warps * 16 * (warps + 1) * 4
-        need = 256 * table_row + warps * stages * _STAGE + vector + 256 + sums
-        if need + _STATIC <= there:
+        vector = 2 * round_up(columns, _SPAN[_CODES])
+        need = 256 * table_row + warps * stages * _STAGE + vector + _ZEROS + sums
+        if need + _STATIC <= shared_memory:
             return warps, table_row, stages, need
-    raise InputError(
-        f"generation on the GPU takes a width of {vector // 2} only where a thread block may have more than the "
-        f"{there} bytes of shared memory that it may have on this one"
-    )
+    return None
 
 
 def generate(

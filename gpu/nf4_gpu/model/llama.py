@@ -36,9 +36,9 @@ _INT32 = np.dtype(np.int32)
 class Limits:
     """What a pass may at most be given, and how much is kept of it.
 
-    tokens of a pass and rows with a target, padding included; sequences, with one of padding; positions of a
-    sequence; kept: layers, the last ones, whose activations wait for the backward pass, while those before are
-    computed again; resident: layers, the first ones, whose weights stay on the device.
+    tokens of a pass and rows with a target, padding included; sequences, with one of padding; positions of
+    a sequence; kept: layers, the last ones, whose activations wait for the backward pass, while those
+    before are computed again; resident: layers, the first ones, whose weights stay on the device.
     """
 
     tokens: int
@@ -92,8 +92,8 @@ class Inputs:
         self._tiles, self._sequences = tiles, limits.sequences
         counts = {
             "ids": tokens, "positions": tokens, "samples": tokens, "places": tokens, "index": rows,
-            "targets": rows, "forward": 4 * self.forward_tiles(tokens), "queries": 4 * self.backward_tiles(tokens),
-            "keys": 4 * self.backward_tiles(tokens),
+            "targets": rows, "forward": 4 * self.forward_tiles(tokens),
+            "queries": 4 * self.backward_tiles(tokens), "keys": 4 * self.backward_tiles(tokens),
         }  # fmt: skip
         self._offsets, at = {}, 0
         for name, count in counts.items():
@@ -263,9 +263,11 @@ class Network:
         self._dmixed = _over(self._act, queries, 0) or arena.matrix("activations", tokens, queries)
         fits = _over(self._one.gate_up, width, tails["qkv"]) is not None
         own = None if fits else arena.matrix("activations", tokens, width, tail=tails["qkv"])
-        self._dqkv = [
-            own or _over(self._kept(i).gate_up, width, tails["qkv"]) for i in range(self.bottom, depth)
-        ]
+        self._dqkv = []
+        for i in range(self.bottom, depth):
+            dqkv = own or _over(self._kept(i).gate_up, width, tails["qkv"])
+            assert dqkv is not None
+            self._dqkv.append(dqkv)
         self._delta = arena.take("activations", 4 * tokens * config.num_attention_heads)
         bytes_apart = 4 * tokens * queries
         self._shares = None
@@ -280,9 +282,7 @@ class Network:
         """Addresses of norms (float32), biases (bfloat16) and angles (float32), by name."""
         config = self.config
         rows = Angles.rows(config, self.limits.positions)
-        found = {
-            name: arena.take("weights", 2 * rows * config.head_dim) for name in ("cosines", "sines")
-        }
+        found = {name: arena.take("weights", 2 * rows * config.head_dim) for name in ("cosines", "sines")}
         found[FINAL_NORM] = arena.take("weights", 4 * config.hidden_size)
         for i, groups in enumerate(self.layers):
             prefix = f"model.layers.{i}."
@@ -334,14 +334,13 @@ class Network:
         return lora.gradient_warps(group, self._processors)
 
     def _sides(self, i: int, key: str) -> tuple[Matrix, Matrix]:
-        """What a group's layer read, and the gradient of what it gave, as they lie when gradients are made."""
+        """A group's input and the gradient of its output, where they lie when gradients are made."""
         kept = self._kept(i)
-        return {
-            "qkv": lambda: (self._normed, self._dqkv[i - self.bottom]),
-            "o": lambda: (kept.mixed, self._dys[1]),
-            "gate_up": lambda: (self._normed, kept.gate_up),
-            "down": lambda: (self._act, self._dys[0]),
-        }[key]()
+        if key == "qkv":
+            return self._normed, self._dqkv[i - self.bottom]
+        if key == "o":
+            return kept.mixed, self._dys[1]
+        return (self._normed, kept.gate_up) if key == "gate_up" else (self._act, self._dys[0])
 
     # ---- loading -----------------------------------------------------------------------------------------
 
@@ -375,11 +374,12 @@ class Network:
             self._send(address, jobs)
         self._heads = []
         for i in range(len(self.layers)):
-            norms = [None, None]
+            norms: list[Norm | None] = [None, None]
             if config.qk_norm:
                 prefix = f"model.layers.{i}.self_attn."
                 norms = [
-                    Norm(self._small[f"{prefix}{n}.weight"], config.rms_norm_eps) for n in ("q_norm", "k_norm")
+                    Norm(self._small[f"{prefix}{n}.weight"], config.rms_norm_eps)
+                    for n in ("q_norm", "k_norm")
                 ]
             self._heads.append(
                 Heads(
@@ -637,7 +637,9 @@ class Network:
         for i in order:
             kept = self._kept(i).rows(shape.tokens)
             if i not in there:
-                self._attention_forward(i, self._xs[i].part(slice(0, shape.tokens)), kept, shape, True, again=True)
+                self._attention_forward(
+                    i, self._xs[i].part(slice(0, shape.tokens)), kept, shape, True, again=True
+                )
                 self._mlp_forward(i, None, kept, shape, True)
             self._layer_backward(i, kept, shape)
         self._ahead.finish()
@@ -790,22 +792,16 @@ class Network:
                 else:
                     address, jobs = self._jobs[i, adapter.name]
                     warps = self._warps(group)
-                    lora.gradients(
-                        device, address, len(jobs), group.slot, shape.tokens, self._space, warps
-                    )
+                    lora.gradients(device, address, len(jobs), group.slot, shape.tokens, self._space, warps)
         if wide:
-            lora.wide_gradients(
-                device, group, x_alone, dz, dy, z, self.gradients, inputs=dropping is None
-            )
+            lora.wide_gradients(device, group, x_alone, dz, dy, z, self.gradients, inputs=dropping is None)
             return
         address, jobs = self._jobs[i, key]
         made = device.mark()
         with device.on(SIDE):
             device.wait(made)
             warps = self._warps(group)
-            lora.gradients(
-                device, address, len(jobs), group.narrow, shape.tokens, self._side_space, warps
-            )
+            lora.gradients(device, address, len(jobs), group.narrow, shape.tokens, self._side_space, warps)
             mark = device.mark()
         for read in (x, dy, z):
             self._reading[read.address] = mark

@@ -6,6 +6,7 @@
 #include "tensorcore.cuh"
 
 #define THREADS (32 * WARPS)
+#define RESIDENT (WARPS == 8 ? 2 : 3)  // thread blocks of a multiprocessor at a time
 #define WIDE (16 * WARPS)         // rows, or features, of a thread block
 #define STAGES 4
 #define DEPTH 64                  // of the sum, a stage
@@ -52,7 +53,7 @@ __device__ __forceinline__ bool add_up_parts(float sum[2 * PAIRS][4], float* par
 // y [rows, columns] = alpha x m, for x [rows, depth] and m [columns, depth], or with ACROSS [depth, columns]; columns and depth
 // are multiples of 8. A thread block takes WIDE rows and one of gridDim.y parts of the depth. y is also written to `copy` if
 // given.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     project(const Element* x, i64 x_pitch, const Element* m, i64 m_pitch, i64 rows, i64 depth, i64 columns, float alpha,
             Element* y, i64 y_pitch, Element* copy, i64 copy_pitch, float* partial, u32* counters) {
   DYNAMIC_SHARED(memory);
@@ -165,7 +166,7 @@ struct Gradient {
 };
 
 // A thread block makes one of the gradients from one of gridDim.y parts of the tokens.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     gradients(const Gradient* all, i64 tokens, float* partial, u32* counters) {
   DYNAMIC_SHARED(memory);
   Element* wide = (Element*)memory;

@@ -34,7 +34,7 @@ class Space:
 
 
 def space_bytes(processors: int, blocks: int) -> tuple[int, int]:
-    """Return the bytes of partial sums and of counters for launches of up to so many thread blocks of a part."""
+    """Return the bytes of partial sums and of counters for up to so many thread blocks of a part."""
     most = _WAVES * max(_RESIDENT[warps] * tile for warps, tile in TILES.items()) * processors
     return most * NARROWEST * 4, blocks * 4
 
@@ -106,6 +106,7 @@ def gradient_jobs(
     """
     jobs, tile = [], TILES[warps]
     adapters = group.adapters
+    assert len({adapter.rank for adapter in adapters}) == 1  # the A of a group are one matrix
     for first in range(0, group.inputs, tile):
         out = gradients + (adapters[0].a + first) * 4
         sizes = (min(tile, group.inputs - first), group.narrow, group.slot, adapters[0].rank)

@@ -47,7 +47,7 @@ __device__ __forceinline__ float row_sum(float v) {
 
 // x [.., WIDTH] -> y [rows, WIDTH], rstd [rows] if given. Row i is made of row index[i] of x if there is an index; one of
 // -1 becomes zeros.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     rms_norm(const Element* x, i64 x_pitch, const int* index, const float* weight, float eps, i64 rows, Element* y,
              i64 y_pitch, float* rstd) {
   int lane = threadIdx.x % LANES;
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // dn, the gradient of rms_norm's y, -> dx = dy + that of x; x and rstd as there. Without an index also y itself again, into
 // `normed` if given. With one, dx [index[i]] is written from row i and there is no dy.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     rms_norm_backward(const Element* dn, i64 dn_pitch, const Element* x, i64 x_pitch, const int* index,
                       const float* weight, const float* rstd, i64 rows, const Element* dy, i64 dy_pitch, Element* dx,
                       i64 dx_pitch, Element* normed, i64 normed_pitch) {

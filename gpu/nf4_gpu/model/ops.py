@@ -27,10 +27,8 @@ def norm_lanes(width: int) -> int:
     return lanes
 
 
-def rms_norm(
-    device: Device, x: Matrix, norm: Norm, y: Matrix, rstd: int = 0, index: int = 0
-) -> None:
-    """y [rows, width] from x; rstd: the address of float32 [rows]; index: of int32 [rows], rows of x, or -1."""
+def rms_norm(device: Device, x: Matrix, norm: Norm, y: Matrix, rstd: int = 0, index: int = 0) -> None:
+    """y [rows, width] from x; rstd: the address of float32 [rows]; index: int32 [rows], rows of x or -1."""
     lanes = norm_lanes(y.columns)
     rows = max(1, 128 // lanes)
     device.launch(

@@ -17,8 +17,8 @@ SOURCE = "model/rope.cu"
 class Angles:
     """Cosines and sines of every position that a run can meet, float32 [rows, head_dim / 2].
 
-    Where the frequencies depend on a sequence's length ("dynamic", "longrope"), each kind of sequence has rows
-    of its own.
+    Where the frequencies depend on a sequence's length ("dynamic", "longrope"), each kind of sequence has
+    rows of its own.
     """
 
     def __init__(self, config: LlamaConfig, positions: int) -> None:
@@ -48,7 +48,7 @@ class Angles:
 
 @dataclass(frozen=True)
 class Heads:
-    """What rotation and attention know of a layer. cosines, sines: addresses; norms of heads, if there are."""
+    """What rotation and attention know of a layer. cosines, sines: addresses; norms of heads, if any."""
 
     queries: int
     keys: int
@@ -99,8 +99,8 @@ def rotate_backward(
 ) -> None:
     """The gradients of queries and keys (and values) in d, back through rotation and norms, in place.
 
-    raw: queries and keys as the products gave them. shares: addresses of the gradients of keys and values that
-    each query head left, float32 [queries, tokens, dim], which are added up into d.
+    raw: queries and keys as the products gave them. shares: addresses of the gradients of keys and values
+    that each query head left, float32 [queries, tokens, dim], which are added up into d.
     """
     count = heads.queries + heads.keys * (1 if shares is None else 2)
     units = d.rows * count * lanes(heads.dim)

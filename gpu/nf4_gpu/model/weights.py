@@ -1,8 +1,9 @@
-"""A model's weights on the device: how a layer's are grouped and stored, and written out for products, ahead of use.
+"""A model's weights on the device: how a layer's are grouped, stored, and written out ahead of use.
 
 A group is the linear layers that read the same input: one product serves them. Of each the buffer holds
-[out + narrow, in + narrow] in bfloat16: W; beside it s B, its ranks in columns of their own; below it A. So x with
-x A^T beside it times the rows of W, and dy with s dy B beside it times the columns, are the layer with its adapter.
+[out + narrow, in + narrow] in bfloat16: W; beside it s B, its ranks in columns of their own; below it A. So
+x with x A^T beside it times the rows of W, and dy with s dy B beside it times the columns, are the layer
+with its adapter.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ GROUPS = {
     "down": ("down_proj",),
 }
 PARTS = {"attention": ("qkv", "o"), "mlp": ("gate_up", "down")}
-"""The groups whose written weights share a buffer: while one part of a layer is computed, the next is written."""
+"""The groups whose written weights share a buffer: while one is computed, the next is written."""
 
 SOURCE = "model/weights.cu"
 _VECTORS = 2048  # of eight elements, that a thread block writes: as there
@@ -189,8 +190,8 @@ def groups_of(
 class Weights:
     """The linear weights of all layers, where they are stored and where they are written out.
 
-    The first `resident` layers stay on the device; the others lie in pinned host memory, and take turns in two
-    places of the device.
+    The first `resident` layers stay on the device; the others lie in pinned host memory, and take turns in
+    two places of the device.
     """
 
     def __init__(
@@ -256,7 +257,7 @@ class Weights:
 
         at = self._job_memory
         self.sources: list[dict[str, dict[str, int]]] = []
-        """By layer and module: where its arrays lie, its codebook's values and the 8-bit map, if it has them."""
+        """By layer and module: where its arrays lie, its codebook's values, the 8-bit map."""
         for i, groups in enumerate(self.layers):
             block = np.zeros(self._sizes[i], np.uint8)
             if i >= self.resident:
@@ -294,7 +295,7 @@ class Weights:
                 at += packed.nbytes
 
     def write(self, layer: int, part: str) -> None:
-        """Launch the writing of a part of a layer, whose weights are in their place, on the current stream."""
+        """Launch the writing of a part of a layer, whose weights are in place, on the current stream."""
         assert self._device is not None
         jobs, count, blocks = self._jobs[layer, part]
         self._device.launch(SOURCE, "write_weights", (blocks,), 256, (jobs, count), DTYPE=2)

@@ -1,4 +1,4 @@
-"""AdamW on the device: states that stay there while they fit a budget, and otherwise wait with the host (NF4-10)."""
+"""AdamW on the device: states stay there within a budget, and else with the host (NF4-10)."""
 
 import math
 from collections.abc import Sequence
@@ -15,8 +15,10 @@ from nf4_gpu.device import IN, MAIN, OUT, Device, Mark
 
 SOURCE = "train/adamw.cu"
 PARTS, THREADS = 1024, 256  # of the sum of squares: as there
-_SCALARS = np.dtype([("rest1", "<f4"), ("beta2", "<f4"), ("rest2", "<f4"), ("eps", "<f4"), ("decay", "<f4"),
-                     ("step", "<f4"), ("root", "<f4"), ("loss_scale", "<f4"), ("max_norm", "<f8")])  # fmt: skip
+_SCALARS = np.dtype(
+    [(name, "<f4") for name in ("rest1", "beta2", "rest2", "eps", "decay", "step", "root", "loss_scale")]
+    + [("max_norm", "<f8")]
+)
 _OUTCOME = np.dtype([("loss", "<f8"), ("norm", "<f8"), ("factor", "<f4"), ("made", "<i4")])
 _LARGEST, _SHARES = 1 << 20, 16  # parameters whose states are moved at a time: a share of all, up to so many
 _TURNS = 3  # places on the device that paged segments take turns in
@@ -26,8 +28,8 @@ STATE_BYTES = 8  # a parameter
 class Optimizer:
     """States of all parameters: those of the first `resident` segments are on the device, others paged.
 
-    Segments that are paged lie in pinned host memory, and go through a few places of the device: copied in while
-    gradients are still made, updated, copied out, all asynchronously. What is computed is the same.
+    Segments that are paged lie in pinned host memory, and go through a few places of the device: copied in
+    while gradients are still made, updated, copied out, all asynchronously. What is computed is the same.
     """
 
     def __init__(self, arena: Arena, count: int, budget: int | None) -> None:
@@ -44,7 +46,7 @@ class Optimizer:
         self.loss_scale = self._scalars + _SCALARS.fields["loss_scale"][1] if _SCALARS.fields else 0
 
     def load(self, device: Device, parameters: int, gradients: int, kind: int) -> None:
-        """Take memory of the host. parameters, gradients: addresses; kind: the parameters' dtype, as DTYPE."""
+        """Take memory of the host. parameters, gradients: addresses; kind: the parameters' DTYPE."""
         self._device, self._parameters, self._gradients, self._kind = device, parameters, gradients, kind
         self._paged = [device.allocate_pinned(STATE_BYTES * n) for _, n in self.segments[self.resident :]]
         self._host_scalars = device.allocate_pinned(_SCALARS.itemsize).view(_SCALARS)
@@ -69,9 +71,16 @@ class Optimizer:
     def update(self) -> None:
         """Launch the update from the gradients; what `begin` copied is waited for by the caller."""
         device, n = self._device, self.count
-        device.launch(SOURCE, "sum_squares", (PARTS,), THREADS, (self._gradients, n, self._parts), DTYPE=self._kind)
         device.launch(
-            SOURCE, "finish_norm", (1,), THREADS, (self._parts, self._scalars, self._outcome), DTYPE=self._kind
+            SOURCE, "sum_squares", (PARTS,), THREADS, (self._gradients, n, self._parts), DTYPE=self._kind
+        )
+        device.launch(
+            SOURCE,
+            "finish_norm",
+            (1,),
+            THREADS,
+            (self._parts, self._scalars, self._outcome),
+            DTYPE=self._kind,
         )
         at = 0
         for first, size in self.segments[: self.resident]:
@@ -176,8 +185,8 @@ class Optimizer:
             (-(-size // THREADS),),
             THREADS,
             (
-                self._parameters + first * element, self._gradients + first * 4, states, states + 4 * size, size,
-                self._scalars, self._outcome,
+                self._parameters + first * element, self._gradients + first * 4, states, states + 4 * size,
+                size, self._scalars, self._outcome,
             ),
             DTYPE=self._kind,
         )  # fmt: skip
@@ -195,7 +204,7 @@ class Optimizer:
 
 
 def split(count: int, budget: int | None) -> tuple[int, int]:
-    """Return how many segments' states stay on the device within a budget in bytes, and the places for others.
+    """Return how many segments' states stay on the device within a budget in bytes, and places for others.
 
     Raises InputError for a budget that has no room for one place.
     """

@@ -1,4 +1,4 @@
-"""QLoRA steps on the GPU, ours and transformers + PEFT + bitsandbytes': time, memory, floors and where time goes.
+"""QLoRA steps on the GPU, ours and transformers + PEFT + bitsandbytes': time, memory, floors.
 
 Run as `python -m nf4_gpu.train.bench MODEL` it measures our side of one model's rows.
 """
@@ -15,7 +15,6 @@ import cupy
 import numpy as np
 from nf4.bench import machine
 from nf4.bench.ranks import Case
-from nf4.errors import InputError
 from nf4.errors import InputError
 from nf4.floats import BFLOAT16
 from nf4.formats.peft import linear_shapes
@@ -39,7 +38,7 @@ from nf4_gpu.train.plan import Settings
 from nf4_gpu.train.timeline import Timed
 
 RANK, ALPHA, RATE, CLIP = 16, 32, 1e-4, 1.0
-WARM_UP, STEPS = 3, 7
+WARM_UP, STEPS = 3, 5
 PROMPT, GENERATED = 512, 128
 PEER_PACKAGES = ("torch", "bitsandbytes", "transformers", "peft", "accelerate")
 GENERATION_MODEL = "8B"
@@ -75,7 +74,7 @@ ROWS = (
 
 
 def run(against: str | None, only: str | None = None) -> dict[str, Any]:
-    """Measure every row, or those of one model, and return the report (see `nf4 bench train --device cuda --json`).
+    """Measure every row, or those of one model, and return the report of `nf4 bench train --device cuda`.
 
     Each side runs in fresh processes, a model at a time. Raises InputError if the peer isn't installed.
     """
@@ -224,9 +223,9 @@ def measure(row: Row, model: Llama) -> dict[str, Any]:
 def work(config: LlamaConfig, row: Row, kept: int) -> dict[str, float]:
     """Return the products' operations that a step needs, and the fewest bytes of device memory it moves.
 
-    Operations: forward, and the gradient of inputs, of every weight, the head and attention; what checkpointing
-    computes again; the adapters. Bytes: the weights' codes once a direction, and of each layer's vectors of a
-    token what is written and read by the operations between products, once.
+    Operations: forward, and the gradient of inputs, of every weight, the head and attention; what
+    checkpointing computes again; the adapters. Bytes: the weights' codes once a direction, and of each
+    layer's vectors of a token what is written and read by the operations between products, once.
     """
     tokens, depth = row.batch * row.tokens, config.num_hidden_layers
     shapes = [shape for name, shape in linear_shapes(config).items() if ".layers.0." in name]
@@ -245,15 +244,13 @@ def work(config: LlamaConfig, row: Row, kept: int) -> dict[str, float]:
 
 
 def ceilings() -> dict[str, float]:
-    """Return this GPU's rates: of a copy, in bytes read and written a second; of a bfloat16 product, a second."""
+    """Return this GPU's rates: of a copy, bytes read and written a second; of a bfloat16 product."""
     device = Timed()
     size = 2 << 30
     first, second = device.allocate(size), device.allocate(size)
     n = 8192
     values = cupy.random.standard_normal((3 * n, n), dtype=cupy.float32).astype(BFLOAT16)
-    a, b, c = (
-        Matrix(values.data.ptr + i * n * n * 2, n, n, n, BFLOAT16) for i in range(3)
-    )
+    a, b, c = (Matrix(values.data.ptr + i * n * n * 2, n, n, n, BFLOAT16) for i in range(3))
 
     def once() -> None:
         for _ in range(5):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nf4_gpu.arena import Arena
 from nf4_gpu.device import Cuda, Device
-from nf4_gpu.model.generate import Decoder
+from nf4_gpu.model.generate import Decoder, why_not
 from nf4_gpu.model.llama import Pass
 from nf4_gpu.model.weights import Form, form_of, shapes_of
 from nf4_gpu.train import plan as planning
@@ -63,7 +63,7 @@ class Inference:
             )
             self._total = arena.take("buffers", 8)
             decoder = None
-            if decode and Decoder.takes(config):
+            if decode and why_not(config, device.shared_memory) is None:
                 decoder = Decoder(arena, plan.network, max(settings.positions, settings.seq_len))
             return plan, decoder
 
@@ -94,9 +94,7 @@ class Inference:
         device.synchronize()
         return float(total[0])
 
-    def _send(
-        self, number: int, examples: Sequence[Example], samples: Sequence[int], *, drop: bool
-    ) -> Pass:
+    def _send(self, number: int, examples: Sequence[Example], samples: Sequence[int], *, drop: bool) -> Pass:
         """Copy a micro-batch to the device from one of the blocks of pinned memory; return its shape."""
         limits, inputs = self._network.limits, self._network.inputs
         tokens = sum(len(example) for example in examples)
@@ -118,7 +116,7 @@ class Inference:
         return shape
 
     def _run(self, key: tuple[Any, ...], run: Callable[[], None]) -> None:
-        """Launch: the first time as it is, so that all is compiled; from the second on as a recorded graph."""
+        """Launch: the first time as it is, which compiles all; from the second on as a recorded graph."""
         if not self._record or (key not in self._graphs and len(self._graphs) >= _MOST_GRAPHS):
             run()
         elif key not in self._graphs:
@@ -132,9 +130,10 @@ class Inference:
 
 
 class GpuEngine(Inference):
-    """Trains a model's adapters on the GPU, or on one a rank, in bfloat16, with float32 sums, norms, adapters and states.
+    """Trains adapters on a GPU, or one a rank, in bfloat16; sums, norms, adapters and states in float32.
 
-    The same bits whether passes are recorded or launched, states or weights paged, layers checkpointed or not.
+    The same bits whether passes are recorded or launched, states or weights paged, layers checkpointed or
+    not.
     """
 
     optimizer: AdamW
@@ -153,7 +152,9 @@ class GpuEngine(Inference):
     ) -> None:
         self._ranks = ranks
         self.optimizer = AdamW(model.trainable("lora"), weight_decay=weight_decay)
-        super().__init__(model, settings, device=device or Cuda(), record=record, decode=settings.positions > 0)
+        super().__init__(
+            model, settings, device=device or Cuda(), record=record, decode=settings.positions > 0
+        )
         self._model, self._max_grad_norm, self._seed = model, max_grad_norm, seed
         assert self.plan.optimizer is not None
         self._states = self.plan.optimizer
@@ -172,8 +173,8 @@ class GpuEngine(Inference):
     def step(self, micro_batches: Sequence[MicroBatch], rate: float) -> Update:
         """Make one update at a learning rate, unless its loss or norm is not finite.
 
-        Raises InputError for a token outside the vocabulary and for a step without a target, and CheckFailed where
-        the GPU fails.
+        Raises InputError for a token outside the vocabulary and for a step without a target, and
+        CheckFailed where the GPU fails.
         """
         targets = count_targets([example for examples, _ in micro_batches for example in examples])
         beta1, beta2 = self.optimizer.betas
@@ -224,7 +225,7 @@ class GpuEngine(Inference):
 
     def remarks(self) -> list[str]:
         """Return the plan of memory and the peak that was measured."""
-        return [f"{self.plan.describe()}; measured {self._device.allocated / 2**30:.2f} GiB"]
+        return [f"{self.plan.describe()}; measured {self._device.taken / 2**30:.2f} GiB"]
 
     def gradients(self) -> dict[str, NDArray[np.float32]]:
         """Return the gradients of the last step, before clipping."""

@@ -1,4 +1,4 @@
-"""The other side of `nf4 bench train --device cuda`: transformers, PEFT and bitsandbytes; a process of its own.
+"""The other side of `nf4 bench train --device cuda`: transformers, PEFT and bitsandbytes, a process.
 
 As `nf4_gpu.peers`, the only other module that loads PyTorch. Run as `python -m nf4_gpu.train.peers`.
 """
@@ -9,20 +9,32 @@ import importlib
 import json
 import statistics
 import time
+from contextlib import suppress
 from typing import Any
 
 import cupy
 from nf4.model.llama import TARGETS
 
-from nf4_gpu.train.bench import ALPHA, CLIP, GENERATED, PROMPT, RANK, RATE, ROWS, STEPS, WARM_UP, Row, token_ids
+from nf4_gpu.train.bench import (
+    ALPHA,
+    CLIP,
+    GENERATED,
+    PROMPT,
+    RANK,
+    RATE,
+    ROWS,
+    STEPS,
+    WARM_UP,
+    Row,
+    token_ids,
+)
 from nf4_gpu.train.models import CONFIGS, weights
-
 
 WAYS = ("prepared", "plain")
 
 
 def base_model(name: str) -> Any:
-    """Return transformers' model with the weights of `models`, its linear layers in 4 bits by bitsandbytes."""
+    """Return transformers' model with the weights of `models`, its linear layers 4-bit by bitsandbytes."""
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     bnb: Any = importlib.import_module("bitsandbytes")
@@ -59,8 +71,8 @@ def base_model(name: str) -> Any:
 def adapted(name: str, checkpointing: bool, way: str) -> Any:
     """Return the model with adapters on all linear layers.
 
-    way: "prepared", as the QLoRA recipe has it, what is not in 4 bits and the adapters in float32, products by
-    autocast; or "plain", all of that in bfloat16.
+    way: "prepared", as the QLoRA recipe has it, what is not in 4 bits and the adapters in float32, products
+    by autocast; or "plain", all of that in bfloat16.
     """
     peft: Any = importlib.import_module("peft")
     how = {"use_reentrant": False}
@@ -88,7 +100,7 @@ def casting(way: str) -> Any:
 
 
 def measure(row: Row, model: Any, way: str) -> dict[str, Any]:
-    """Return the seconds of a step, the losses, and the most memory that tensors took. AdamW's states: float32."""
+    """Return a step's seconds, the losses, the most memory that tensors took. AdamW's states are float32."""
     torch: Any = importlib.import_module("torch")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if way == "prepared":
@@ -154,10 +166,8 @@ def main() -> None:
         rows = [row for row in ROWS if row.model == options.model and row.budget is None]
         model = adapted(options.model, rows[0].checkpointing, way)
         for row in rows:
-            try:
+            with suppress(torch.cuda.OutOfMemoryError):  # a row that this way has no room for
                 found.setdefault(row.name, []).append(measure(row, model, way))
-            except torch.cuda.OutOfMemoryError:
-                pass
             gc.collect()
             torch.cuda.empty_cache()
         if options.generation:

@@ -1,4 +1,4 @@
-"""What a run takes of the device's memory, worked out before anything is loaded, and the nearest run that fits."""
+"""What a run takes of the device's memory, worked out before it is loaded, and the nearest that fits."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -134,7 +134,9 @@ def check_fits(plan_of: Callable[[Settings], int], settings: Settings, free: int
             continue
         if fits:
             raise InputError(f"{describe}, and {_gib(free)} GiB are free; it fits with {words}")
-    raise InputError(f"{describe}, and {_gib(free)} GiB are free; no setting makes it fit: take a smaller model")
+    raise InputError(
+        f"{describe}, and {_gib(free)} GiB are free; no setting makes it fit: take a smaller model"
+    )
 
 
 def nearest(settings: Settings) -> Iterator[tuple[Settings, str]]:

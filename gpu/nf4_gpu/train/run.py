@@ -1,4 +1,4 @@
-"""What the commands ask for with --device cuda: a run's plan and engine, evaluation, and a model to generate with."""
+"""What the commands ask for with --device cuda: plan and engine of a run, evaluation, generation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from nf4.train.finetune import ADAPTER_DTYPES, FinetuneOptions
 
 from nf4_gpu.arena import Arena
 from nf4_gpu.device import Cuda, Device
-from nf4_gpu.model.generate import Decoder, generate
+from nf4_gpu.model.generate import Decoder, generate, why_not
 from nf4_gpu.model.llama import check_supported
 from nf4_gpu.model.weights import AdapterShape, Form
 from nf4_gpu.ranks import take_device
@@ -35,8 +35,8 @@ def check_plan(
 ) -> str:
     """Return a run's plan of memory, before anything is loaded.
 
-    longest: tokens of the longest sequence; more: those that a sample adds. Raises InputError for a GPU or a model
-    that is not supported, and where the run does not fit, with the nearest settings that do.
+    longest: tokens of the longest sequence; more: those that a sample adds. Raises InputError for a GPU or
+    a model that is not supported, and where the run does not fit, with the nearest settings that do.
     """
     check_supported(config)
     free, processors, capability, shared_memory = _gpu()
@@ -63,9 +63,7 @@ def check_plan(
         )
 
     plan = plan_of(settings)
-    planning.check_fits(
-        lambda wanted: plan_of(wanted).total + _RESERVE, settings, free, plan.describe()
-    )
+    planning.check_fits(lambda wanted: plan_of(wanted).total + _RESERVE, settings, free, plan.describe())
     return plan.describe()
 
 
@@ -144,9 +142,12 @@ def decoder(model: Llama, prompt: int, positions: int, device: Device | None = N
     if device is None:
         check_supported(model.config)
         _gpu()
-    found = Inference(
-        model, Settings(1, prompt, positions=positions, training=False), device=device or Cuda(), decode=True
-    )
+    device = device or Cuda()
+    reason = why_not(model.config, device.shared_memory)
+    if reason is not None:
+        raise InputError(f"--device cuda does not generate with this model: {reason}; take --device cpu")
+    settings = Settings(1, prompt, positions=positions, training=False)
+    found = Inference(model, settings, device=device, decode=True)
     assert found.decoder is not None
     return found.decoder
 
@@ -161,8 +162,8 @@ def _gpu() -> tuple[int, int, int, int]:
     found = capability(number)
     if found < OLDEST:
         raise InputError(
-            f"--device cuda: GPU {number} is of compute capability {found / 10}; bfloat16 on tensor cores, in "
-            f"which a model is computed, needs {OLDEST / 10} (Ampere) or newer; take --device cpu"
+            f"--device cuda: GPU {number} is of compute capability {found / 10}; bfloat16 on tensor cores, "
+            f"in which a model is computed, needs {OLDEST / 10} (Ampere) or newer; take --device cpu"
         )
     free, _ = cupy.cuda.runtime.memGetInfo()
     return int(free), processors(number), found, shared_memory(number)

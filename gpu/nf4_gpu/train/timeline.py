@@ -18,7 +18,7 @@ _CYCLES = 1 << 28  # about 150 ms: until then the host has launched the step
 
 
 class Timed(Cuda):
-    """The GPU with a stopwatch: while `measured`, all streams are one, and each launch lies between two events."""
+    """The GPU with a stopwatch: while `measured`, all streams are one, each launch between two events."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,16 +34,30 @@ class Timed(Cuda):
         arguments: Sequence[Any],
         *,
         shared: int = 0,
-        overlapping: bool = False,
         **defines: int,
     ) -> None:
         """Launch a kernel."""
         sizes = " x ".join(map(str, grid))
         label = f"{name} {sizes}"
         with self._timed(label, 0.0):
-            super().launch(
-                source, name, grid, block, arguments, shared=shared, overlapping=overlapping, **defines
-            )
+            super().launch(source, name, grid, block, arguments, shared=shared, **defines)
+
+    def launch_early(
+        self,
+        source: str,
+        name: str,
+        grid: tuple[int, ...],
+        block: int,
+        arguments: Sequence[Any],
+        *,
+        shared: int = 0,
+        **defines: int,
+    ) -> None:
+        """Launch a kernel; while measured, after the one before it."""
+        if self._events is None:
+            super().launch_early(source, name, grid, block, arguments, shared=shared, **defines)
+        else:
+            self.launch(source, name, grid, block, arguments, shared=shared, **defines)
 
     def multiply(self, a: Matrix, b: Matrix, out: Matrix, **options: Any) -> None:
         """Launch a product."""

@@ -50,12 +50,13 @@ def command(
 ) -> None:
     """Measure quantize and dequantize (codec), or one QLoRA training step (train).
 
-    codec: float32 4096 x 4096 in blocks of 64, plain and double-quantized; on cuda bfloat16 of three shapes,
-    and products with the weight. train: a model of SmolLM2-135M's shape in NF4 with double quantization, r 8
-    on all linear layers, 4 x 256 tokens, float32, AdamW. Both sides run with their own default number of
-    threads. train on cuda: Llama-shaped models of 135M, 1.2B and 8B parameters, r 16, bfloat16, with the floor
-    that arithmetic and memory set, a timeline, and generation. Under mpirun, train measures rank 0 alone and
-    all ranks in turn, 4 x 256 tokens a rank; on cuda 1.2B at 4 x 1024 and 8B at 4 x 2048.
+    codec: float32 4096 x 4096 in blocks of 64, plain and double-quantized; on cuda bfloat16 of three
+    shapes, and products with the weight. train: a model of SmolLM2-135M's shape in NF4 with double
+    quantization, r 8 on all linear layers, 4 x 256 tokens, float32, AdamW. Both sides run with their own
+    default number of threads. train on cuda: Llama-shaped models of 135M, 1.2B and 8B parameters, r 16,
+    bfloat16, with the floor that arithmetic and memory set, a timeline, and generation. Under mpirun, train
+    measures rank 0 alone and all ranks in turn, 4 x 256 tokens a rank; on cuda 1.2B at 4 x 1024 and 8B at
+    4 x 2048.
     """
     if against is not None and PEERS[what] != against:
         raise InputError(f"nf4 bench {what} runs against {PEERS[what]}, not {against}")
@@ -88,7 +89,7 @@ def command(
         else:
             if rounds is not None:
                 raise InputError(
-                    "--rounds is not for  nf4 bench train --device cuda: it measures seven steps"
+                    "--rounds is not for  nf4 bench train --device cuda: it measures a few steps each"
                 )
             from nf4_gpu.train import bench as training
 

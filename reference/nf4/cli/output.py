@@ -38,7 +38,7 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType):  # type: ignore[type-arg]
     """Bytes, with K, M or G for powers of 1024."""
 
     name = "size"

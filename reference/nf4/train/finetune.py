@@ -64,8 +64,8 @@ _PATHS = ("model", "data", "eval_data", "out")
 class FinetuneOptions:
     """Everything a run depends on; the defaults are those of the command line.
 
-    seq_len is in tokens, budgets in bytes. A step takes batch_size * grad_accum sequences, whatever the number
-    of ranks: each takes its share of them, at most batch_size at a time.
+    seq_len is in tokens, budgets in bytes. A step takes batch_size * grad_accum sequences, whatever the
+    number of ranks: each takes its share of them, at most batch_size at a time.
     """
 
     model: str
@@ -110,7 +110,8 @@ class FinetuneOptions:
         least: dict[str, float] = {
             "steps": 1, "rank": 1, "batch_size": 1, "seq_len": 1, "grad_accum": 1, "threads": 1,
             "save_every": 1, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "dropout": 0, "seed": 0,
-            "eval_every": 0, "eval_sequences": 0, "keep_layers": 0, "optimizer_budget": 1, "weights_budget": 1,
+            "eval_every": 0, "eval_sequences": 0, "keep_layers": 0, "optimizer_budget": 1,
+            "weights_budget": 1,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
@@ -692,9 +693,9 @@ def _identity(model: Llama, data: Data, options: FinetuneOptions, train: str, ra
 
 
 def _comparable(identity: dict[str, Any], free: tuple[str, ...]) -> dict[str, Any]:
-    """What must be the same; options that an older version did not know have their defaults."""
-    known = {f.name: f.default for f in fields(FinetuneOptions) if f.name in ("device", "exact")}
-    options = known | identity["options"]
+    """What must be the same; a run that began before there was an option ran as its default says."""
+    defaults = {field.name: field.default for field in fields(FinetuneOptions) if field.name not in _FREE}
+    options = defaults | identity["options"]
     plain = {_flag(name): value for name, value in options.items() if name not in free}
     return plain | {name: identity[name] for name in ("train", "model", "data")}
 

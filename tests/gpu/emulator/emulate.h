@@ -199,7 +199,8 @@ void launch(void (*kernel)(Parameters...), const unsigned* grid, const unsigned*
     fprintf(stderr, "emulation: a kernel of %d parameters is given %d\n", (int)sizeof...(Parameters), count);
     abort();
   }
-  std::vector<unsigned char> memory(shared + 1024);
+  const size_t BEYOND = 4096;  // bytes of dynamic shared memory that no kernel may write
+  std::vector<unsigned char> memory(shared + 1024 + BEYOND);
   dynamic_shared = (unsigned char*)(((uintptr_t)memory.data() + 1023) & ~(uintptr_t)1023);
   grid_size = {grid[0], grid[1], grid[2]};
   block_size = {block[0], block[1], block[2]};
@@ -210,6 +211,11 @@ void launch(void (*kernel)(Parameters...), const unsigned* grid, const unsigned*
         memset(memory.data(), 0xff, memory.size());  // NaN: what was not written shows
         run_block(block[0] * block[1] * block[2],
                   [&] { call(kernel, arguments, std::index_sequence_for<Parameters...>{}); });
+        for (size_t i = 0; i < BEYOND; i++)
+          if (dynamic_shared[shared + i] != 0xff) {
+            fprintf(stderr, "emulation: %u bytes of dynamic shared memory, and byte %zu is written\n", shared, shared + i);
+            abort();
+          }
       }
 }
 
