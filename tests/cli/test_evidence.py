@@ -118,10 +118,11 @@ def test_plan_by_parameters(run_json: RunJson, run: Run) -> None:
     assert [way["change"] for way in answer["ways_to_fit"]] == ["double quantization", "--checkpointing"]
     words = run("plan", "--params", "70b", "--gpu", 48, *paper)
     assert "48 GB train double-quantized NF4 on one sequence of up to" in words
-    assert "--checkpointing: 50.5 GB, fits" in words
+    assert "--checkpointing: 50.6 GB, fits" in words
     words = run("plan", "--params", "70B", "--gpu", 16)
-    assert "not even on one sequence" in words
-    assert "take a larger card" in words
+    assert "not even for one sequence" in words
+    assert "--weights-budget 843M: 4.8 GB, fits" in words
+    assert "take a larger card" in run("plan", "--params", "70B", "--gpu", 4)
     assert "fits 12 GB as it is" in run("plan", "--params", "7B", "--gpu", 12)
     assert "none is large enough" in run("plan", "--params", "405B")
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from nf4.evidence import plan
+from nf4.floats import BFLOAT16, FLOAT32
 from nf4.formats.checkpoint import LINEAR_WEIGHT, QuantizeOptions, load_model
 from nf4.formats.peft import linear_shapes
 from nf4.model.config import LlamaConfig
@@ -20,6 +21,9 @@ from nf4.model.llama import Llama
 from nf4.tensor import QuantizedTensor
 from nf4.train.adamw import AdamW
 from nf4.train.finetune import FinetuneOptions, new_adapters
+from nf4_gpu.arena import Arena
+from nf4_gpu.model.weights import AdapterShape, Form
+from nf4_gpu.train import plan as planning
 
 PAPER = plan.Run(batch_size=1, seq_len=512, rank=64, adapter=2)
 """Adapters of rank 64 in bfloat16 on all linear layers, as in arXiv 2305.14314."""
@@ -169,8 +173,8 @@ def test_ways_to_fit_go_on_until_it_fits_or_nothing_is_left() -> None:
     assert [way.holds for way in ways] == [False] * (len(ways) - 1) + [True]
     sizes = [way.bytes for way in ways]
     assert sizes == sorted(sizes, reverse=True)
-    hopeless = plan.ways_to_fit(config, asked, 2)
-    assert hopeless[-1].change == "the states of AdamW in the host's memory"
+    hopeless = plan.ways_to_fit(config, asked, 1)
+    assert [way.change for way in hopeless[-2:]] == ["--optimizer-budget 64M", "--weights-budget 201M"]
     assert not hopeless[-1].holds
 
 
@@ -245,22 +249,33 @@ def test_a_card_is_as_large_as_it_is_sold() -> None:
 def test_the_layout_of_the_trainer_on_a_gpu(
     parameters: float, batch_size: int, seq_len: int, rank: int, checkpointing: bool
 ) -> None:
-    planning = pytest.importorskip("nf4_gpu.train.plan", reason="the trainer on a GPU is not there yet")
-    from nf4_gpu.arena import Arena
-    from nf4_gpu.model.weights import AdapterShape, Form
-
     _, config = plan.family_shape(parameters)
-    modules = list(linear_shapes(config))
-    made = planning.make(
-        Arena(),
-        config,
-        {module: AdapterShape(rank, 1.0, 0.0, 0) for module in modules},
-        [
-            {module: Form(64, 256) for module in modules if module.startswith(f"model.layers.{i}.")}
-            for i in range(config.num_hidden_layers)
-        ],
-        planning.Settings(batch_size, seq_len, checkpointing=checkpointing),
-    )
+    laid_out = layout(config, rank, planning.Settings(batch_size, seq_len, checkpointing=checkpointing))
     run = plan.Run(batch_size=batch_size, seq_len=seq_len, rank=rank)
     parts = plan.training(config, plan.CUDA, run, plan.DOUBLE, checkpointing)
-    assert plan.total(parts) - parts[plan.RUNTIME] == pytest.approx(made.total, rel=0.05)
+    assert plan.total(parts) - parts[plan.RUNTIME] == pytest.approx(laid_out, rel=0.05)
+
+
+def test_the_layout_of_a_run_that_is_paged() -> None:
+    """What the last ways say is what the trainer takes with these budgets."""
+    _, config = plan.family_shape(13e9)
+    run = plan.Run(batch_size=1, seq_len=256, rank=8, adapter=4)
+    states, weights = plan.ways_to_fit(config, run, 1)[-2:]
+    budgets = [int(way.change.split()[1].removesuffix("M")) << 20 for way in (states, weights)]
+    paged = planning.Settings(1, 256, checkpointing=True, optimizer_budget=budgets[0])
+    for way, settings in ((states, paged), (weights, replace(paged, weights_budget=budgets[1]))):
+        taken = layout(config, 8, settings, np.dtype(BFLOAT16)) + plan.CUDA.runtime
+        assert way.bytes == pytest.approx(taken, rel=0.05)
+
+
+def layout(
+    config: LlamaConfig, rank: int, settings: planning.Settings, adapters: np.dtype[Any] = FLOAT32
+) -> int:
+    """The bytes that the trainer on a GPU lays out, double-quantized NF4."""
+    modules = list(linear_shapes(config))
+    shapes = {module: AdapterShape(rank, 1.0, 0.0, 0) for module in modules}
+    forms = [
+        {module: Form(64, 256) for module in modules if module.startswith(f"model.layers.{i}.")}
+        for i in range(config.num_hidden_layers)
+    ]
+    return planning.make(Arena(), config, shapes, forms, settings, adapter_dtype=adapters).total

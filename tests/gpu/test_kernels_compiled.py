@@ -107,7 +107,7 @@ def test_a_kernel_compiles_without_spills(case: Case) -> None:
     spilled = re.findall(r"(\d+) bytes spill", log)
     assert spilled, log
     assert set(spilled + re.findall(r"(\d+) bytes stack", log)) == {"0"}, log
-    assert "C75" not in log, log  # that warpgroup products wait for one another
+    assert "serialized" not in log, log  # what ptxas says where warpgroup products wait for one another
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def verdict(answer: dict[str, Any]) -> str:
     lines = [
         f"\n{gpu} train double-quantized NF4 on one sequence of up to {longest:,} tokens, checkpointing"
         if longest
-        else f"\n{gpu} do not train this model, not even on one sequence of 64 tokens"
+        else f"\n{gpu} do not hold the whole of this model, not even for one sequence of 64 tokens"
     ]
     ways = answer["ways_to_fit"]
     if not ways:

@@ -47,6 +47,8 @@ CUDA = Engine("cuda", compute=2, runtime=500_000_000)
 
 _LOGITS_BYTES = 64 << 20  # on the GPU, where they share memory with a layer's weights as written out
 _APART_BYTES = 64 << 20  # gradients of keys and values by query head, up to which they are kept apart
+_STATES_BUDGET = 64 << 20  # of AdamW's states, the others in the host's memory
+_SUMS_BYTES = 2 * 17_301_504  # sums of the adapters' products in parts, on two streams of 132 processors
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,7 @@ def _cuda_step(s: _Shape, engine: Engine, run: Run, form: str, checkpointing: bo
     apart = 4 * tokens * s.query
     work += 2 * apart if apart <= _APART_BYTES and s.key < s.query else 0
     logits = min(_LOGITS_BYTES, tokens * s.vocabulary * engine.compute)
-    return 1, activations, work + max(logits, _written(s, engine, run, form))
+    return 1, activations, work + max(logits, _written(s, engine, run, form)) + _SUMS_BYTES
 
 
 def stored(config: LlamaConfig, run: Run, form: str) -> int:
@@ -358,18 +360,19 @@ class Way:
 
 def ways_to_fit(config: LlamaConfig, run: Run, gpu: float) -> list[Way]:
     """Return what to change, each on top of the one before, until training fits the card; [] if it does."""
-    form, checkpointing, paged = NF4, False, False
+    form, checkpointing, states, weights = NF4, False, math.inf, math.inf
 
-    def parts() -> Parts:
-        found = training(config, CUDA, run, form, checkpointing)
-        return found | {STATES: 0} if paged else found
+    def size() -> int:
+        parts = training(config, CUDA, run, form, checkpointing)
+        paged = max(0, parts[STATES] - states) + max(0, parts[WEIGHTS] + parts[CONSTANTS] - weights)
+        return total(parts) - int(paged)
 
-    if holds(gpu, parts()):
+    if size() <= gpu * GIB:
         return []
     found: list[Way] = []
 
     def note(change: str) -> bool:
-        found.append(Way(change, total(parts()), holds(gpu, parts())))
+        found.append(Way(change, size(), size() <= gpu * GIB))
         return found[-1].holds
 
     form = DOUBLE
@@ -394,6 +397,17 @@ def ways_to_fit(config: LlamaConfig, run: Run, gpu: float) -> list[Way]:
         run = replace(run, rank=run.rank // 2)
         if note(f"--rank {run.rank}"):
             return found
-    paged = True
-    note("the states of AdamW in the host's memory")
+    states = _STATES_BUDGET
+    if note(f"--optimizer-budget {_STATES_BUDGET >> 20}M"):
+        return found
+    # Two layers, which the others go through from the host's memory, with a little room.
+    layers = -(-2 * sum(_linear(_Shape.of(config), CUDA, run, form)) // config.num_hidden_layers)
+    budget = (layers >> 20) + 2
+    weights = budget << 20
+    note(f"--weights-budget {budget}M")
+    return found
+    # Two layers, which the others go through from the host's memory.
+    weights = -(-2 * sum(_linear(_Shape.of(config), CUDA, run, form)) // config.num_hidden_layers)
+    weights = -(-weights >> 20) + 1 << 20
+    note(f"--weights-budget {weights >> 20}M")
     return found
