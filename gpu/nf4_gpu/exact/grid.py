@@ -10,8 +10,8 @@ from nf4.exact.grid import NotFiniteError, piece_length, product_bits
 from nf4.lora import Workspace
 from numpy.typing import DTypeLike
 
+from nf4_gpu import blas
 from nf4_gpu.arrays import KINDS, scratch
-from nf4_gpu.blas import multiply_float64
 from nf4_gpu.compile import kernel
 
 _SOURCE = "exact/grid.cu"
@@ -93,15 +93,15 @@ def sums(left: cupy.ndarray, right: cupy.ndarray, space: Space, name: str = "sum
     if k == 0:
         out.fill(0)
     if whole == pieces == 1:
-        multiply_float64(left, right, out[0])
+        blas.multiply_float64(left, right, out[0])
     elif left.ndim == 2 and whole:
-        multiply_float64(_pieces(left, -1, piece, whole), _pieces(right, -2, piece, whole), out[:whole])
+        blas.multiply_float64(_pieces(left, -1, piece, whole), _pieces(right, -2, piece, whole), out[:whole])
     else:
         for i in range(whole):
             part = slice(i * piece, i * piece + piece)
-            multiply_float64(left[..., part], right[..., part, :], out[i])
+            blas.multiply_float64(left[..., part], right[..., part, :], out[i])
     if k and whole < pieces:
-        multiply_float64(left[..., whole * piece :], right[..., whole * piece :, :], out[whole])
+        blas.multiply_float64(left[..., whole * piece :], right[..., whole * piece :, :], out[whole])
     if pieces > 1 and out.size:
         n = out[0].size
         _kernel("combine", out)((-(-n // 256),), (256,), (out, np.int64(n), np.int64(n), np.int32(pieces)))

@@ -6,8 +6,11 @@ Run as `python -m nf4_gpu.train.bench MODEL` it measures our side of one model's
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +24,12 @@ from nf4.formats.peft import linear_shapes
 from nf4.lora import LoRA, init_lora
 from nf4.model.config import LlamaConfig
 from nf4.model.llama import Llama
-from nf4.ranks import Ranks
+from nf4.ranks import ALONE, Ranks
 from nf4.train.data import IGNORE, Example
-from nf4.train.engine import Engine
+from nf4.train.engine import Engine, MicroBatch
 from numpy.typing import NDArray
 
+from nf4_gpu import blas
 from nf4_gpu.arena import Arena
 from nf4_gpu.matrix import Matrix
 from nf4_gpu.model.weights import shapes_of
@@ -46,21 +50,30 @@ GENERATION_MODEL = "8B"
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. budget: bytes in which as few layers as fit are computed again; None: all are."""
+    """One measurement, and if it has one, the row of the peer it is compared with.
+
+    budget: bytes in which as few layers as fit are computed again; None: all are. paged: AdamW's states go
+    through the least budget on the device.
+    """
 
     model: str
     batch: int
     tokens: int
     checkpointing: bool
     budget: int | None = None
+    paged: bool = False
+    exact: bool = False
+
+    @property
+    def plain(self) -> str:
+        """What the peer's row is called, which has no such choices."""
+        return f"{self.model}, {self.batch} x {self.tokens}{', checkpointing' if self.checkpointing else ''}"
 
     @property
     def name(self) -> str:
         """What it is called in the report."""
-        how = ", checkpointing" if self.checkpointing else ""
-        if self.budget is not None:
-            how = f", within {self.budget / 2**30:.0f} GiB"
-        return f"{self.model}, {self.batch} x {self.tokens}{how}"
+        budget = "" if self.budget is None else f", layers kept within {self.budget / 2**30:.0f} GiB"
+        return f"{self.plain}{budget}{', states paged' * self.paged}{', exact' * self.exact}"
 
 
 ROWS = (
@@ -68,15 +81,19 @@ ROWS = (
     Row("135M", 8, 512, False),
     Row("1.2B", 4, 1024, False),
     Row("8B", 1, 2048, True),
+    Row("8B", 1, 2048, True, paged=True),
     Row("8B", 4, 2048, True),
     Row("8B", 4, 2048, True, 28 << 30),
 )
+EXACT = Row("135M", 8, 512, False, exact=True)
+_LEAST_STATES = 64 << 20  # of a paged row
 
 
-def run(against: str | None, only: str | None = None) -> dict[str, Any]:
+def run(against: str | None, only: str | None = None, exact: bool = False) -> dict[str, Any]:
     """Measure every row, or those of one model, and return the report of `nf4 bench train --device cuda`.
 
-    Each side runs in fresh processes, a model at a time. Raises InputError if the peer isn't installed.
+    exact: the model of the exact row alone, and that row. Each side runs in fresh processes, a model at a
+    time. Raises InputError if the peer isn't installed.
     """
     if against is not None:
         machine.require(PEER_PACKAGES, f"nf4 bench train --device cuda --against {against}")
@@ -84,23 +101,28 @@ def run(against: str | None, only: str | None = None) -> dict[str, Any]:
     theirs: dict[str, Any] = {}
     if only is not None and only not in CONFIGS:
         raise InputError(f"--model {only}: on cuda the models measured are {', '.join(CONFIGS)}")
+    if exact and only not in (None, EXACT.model):
+        raise InputError(f"--model {only} --exact: the exact mode is measured on {EXACT.model}")
     for model in CONFIGS:
-        if only not in (None, model):
+        if (EXACT.model if exact else only) not in (None, model):
             continue
         extra = ["--generation"] if model == GENERATION_MODEL else []
-        ours |= json.loads(machine.run_module("nf4_gpu.train.bench", [model, *extra]))
+        options = [*extra, "--exact"] if exact else extra
+        ours |= json.loads(machine.run_module("nf4_gpu.train.bench", [model, *options]))
         if against is not None:
             theirs |= json.loads(machine.run_module("nf4_gpu.train.peers", [model, *extra]))
+    plain = {row.name: row.plain for row in (*ROWS, EXACT)}
     results = []
     for name, found in ours.items():
         if name == "ceilings":
             continue
-        peer = theirs.get(name) or theirs.get(name.partition(", within")[0] + ", checkpointing")
         if "operations" in found:
             rates = ours["ceilings"]
-            by_products = found["operations"] / rates["product_operations_per_second"]
+            kind = "float64_operations_per_second" if name == EXACT.name else "product_operations_per_second"
+            by_products = found["operations"] / rates[kind]
             found["floor_seconds"] = by_products + found["bytes"] / rates["copy_bytes_per_second"]
-        results.append({"row": name, "nf4": found} | ({against: peer} if against else {}))
+        peer = {against: theirs.get(plain.get(name, name))} if against else {}
+        results.append({"row": name, "nf4": found} | peer)
     return {
         "benchmark": "train on cuda",
         **machine.describe(("cupy-cuda13x", "cupy-cuda12x", *(PEER_PACKAGES if against else ()))),
@@ -116,7 +138,7 @@ def cases(only: str | None, exact: bool) -> list[Case]:
 
     Raises InputError for a model of another name.
     """
-    known = {row.model: row for row in ROWS if row.batch == 4 and row.budget is None}
+    known = {row.model: row for row in ROWS if row.batch == 4 and row.name == row.plain}
     if only is not None and only not in known:
         raise InputError(f"--model {only}: ranks on cuda measure one of {', '.join(known)}")
     return [_case(row, exact) for model, row in known.items() if only in (None, model)]
@@ -126,20 +148,24 @@ def _case(row: Row, exact: bool) -> Case:
     def engine(model: Llama, ranks: Ranks) -> Engine:
         cupy.get_default_memory_pool().free_all_blocks()  # of the engine before
         if exact:
-            return ExactEngine(
-                model,
-                batch_size=row.batch,
-                max_grad_norm=CLIP,
-                weight_decay=0.0,
-                checkpointing=row.checkpointing,
-                seed=0,
-                threads=1,
-                ranks=ranks,
-            )
+            return _exact_engine(row, model, ranks)
         settings = Settings(row.batch, row.tokens, row.checkpointing)
         return GpuEngine(model, settings, max_grad_norm=CLIP, weight_decay=0.0, seed=0, ranks=ranks)
 
     return Case(f"{row.name} a rank", row.batch, row.tokens, RANK, lambda: random_model(row.model), engine)
+
+
+def _exact_engine(row: Row, model: Llama, ranks: Ranks = ALONE) -> ExactEngine:
+    return ExactEngine(
+        model,
+        batch_size=row.batch,
+        max_grad_norm=CLIP,
+        weight_decay=0.0,
+        checkpointing=row.checkpointing,
+        seed=0,
+        threads=1,
+        ranks=ranks,
+    )
 
 
 def gpu_name() -> str:
@@ -174,7 +200,9 @@ def _adapters(config: LlamaConfig) -> dict[str, LoRA]:
 
 def settings_of(row: Row, model: Llama) -> Settings:
     """Return a row's settings: with a budget, as many layers kept as it has room for."""
-    settings = Settings(row.batch, row.tokens, row.checkpointing)
+    settings = Settings(
+        row.batch, row.tokens, row.checkpointing, optimizer_budget=_LEAST_STATES if row.paged else None
+    )
     if row.budget is None:
         return settings
     forms = forms_of(model)
@@ -194,20 +222,11 @@ def measure(row: Row, model: Llama) -> dict[str, Any]:
     before = pool.total_bytes()
     device = Timed()
     settings = settings_of(row, model)
-    for lora in model.adapters.values():
-        lora.B[:] = 0
+    _reset(model)
     engine = GpuEngine(model, settings, max_grad_norm=CLIP, weight_decay=0.0, seed=0, device=device)
-    ids = token_ids(row.model, row.batch, row.tokens)
-    # As transformers shifts its labels: the last position predicts nothing.
-    examples = [Example(line, np.append(line[1:], np.int32(IGNORE))) for line in ids]
-    micro_batches = [(examples, list(range(row.batch)))]
-    losses, seconds = [], []
-    for _ in range(WARM_UP + STEPS):
-        started = time.perf_counter()
-        losses.append(engine.step(micro_batches, RATE).loss)
-        seconds.append(time.perf_counter() - started)
+    micro_batches = _step_of(row)
+    step, losses = _time_steps(engine, micro_batches)
     peak = pool.total_bytes() - before
-    step = statistics.median(seconds[WARM_UP:])
     timeline = engine.timeline(device, micro_batches, RATE)
     return {
         "seconds": step,
@@ -218,6 +237,83 @@ def measure(row: Row, model: Llama) -> dict[str, Any]:
         **work(model.config, row, settings.kept),
         "timeline": timeline,
     }
+
+
+def measure_exact(row: Row, model: Llama) -> dict[str, Any]:
+    """Return as `measure` does; the timeline is of the float64 products, by their sizes."""
+    pool = cupy.get_default_memory_pool()
+    before = pool.total_bytes()
+    _reset(model)
+    engine, micro_batches = _exact_engine(row, model), _step_of(row)
+    step, losses = _time_steps(engine, micro_batches)
+    peak = pool.total_bytes() - before
+    del engine
+    gc.collect()
+    pool.free_all_blocks()
+    return {
+        "seconds": step,
+        "losses": losses,
+        "peak_bytes": peak,
+        **work(model.config, row, 0),
+        "timeline": _exact_products(_exact_engine(row, model), micro_batches),
+    }
+
+
+def _reset(model: Llama) -> None:
+    for name, lora in model.adapters.items():
+        fresh = init_lora(name, lora.A.shape[1], lora.B.shape[0], RANK, ALPHA, 0.0, 0)
+        lora.A[:], lora.B[:] = fresh.A, fresh.B
+
+
+def _step_of(row: Row) -> list[MicroBatch]:
+    # As transformers shifts its labels: the last position predicts nothing.
+    ids = token_ids(row.model, row.batch, row.tokens)
+    examples = [Example(line, np.append(line[1:], np.int32(IGNORE))) for line in ids]
+    return [(examples, list(range(row.batch)))]
+
+
+def _time_steps(engine: Engine, micro_batches: Sequence[MicroBatch]) -> tuple[float, list[float]]:
+    """Return the median seconds of a step, and the losses of all."""
+    losses, seconds = [], []
+    for _ in range(WARM_UP + STEPS):
+        started = time.perf_counter()
+        losses.append(engine.step(micro_batches, RATE).loss)
+        cupy.cuda.runtime.deviceSynchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[WARM_UP:]), losses
+
+
+def _exact_products(engine: ExactEngine, micro_batches: Sequence[MicroBatch]) -> list[dict[str, Any]]:
+    """Return count, seconds and rate of a first step's products of each size, the longest first."""
+    events: list[tuple[tuple[int, ...], Any, Any]] = []
+    plain = blas.multiply_float64
+
+    def timed(a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray) -> None:
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        plain(a, b, out)
+        end.record()
+        events.append(((*out.shape, a.shape[-1]), start, end))
+
+    blas.multiply_float64 = timed
+    try:
+        engine.step(micro_batches, RATE)
+    finally:
+        blas.multiply_float64 = plain
+    cupy.cuda.runtime.deviceSynchronize()
+    found: dict[tuple[int, ...], list[float]] = defaultdict(list)
+    for sizes, start, end in events:
+        found[sizes].append(cupy.cuda.get_elapsed_time(start, end) / 1e3)
+    rows = [
+        {
+            "what": f"product {' x '.join(map(str, sizes))} in float64",
+            "count": len(seconds),
+            "seconds": sum(seconds),
+            "flops": 2.0 * math.prod(sizes) * len(seconds) / sum(seconds),
+        }
+        for sizes, seconds in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["seconds"])
 
 
 def work(config: LlamaConfig, row: Row, kept: int) -> dict[str, float]:
@@ -243,8 +339,8 @@ def work(config: LlamaConfig, row: Row, kept: int) -> dict[str, float]:
     return {"operations": operations * tokens, "bytes": codes + 2.0 * tokens * depth * vectors}
 
 
-def ceilings() -> dict[str, float]:
-    """Return this GPU's rates: of a copy, bytes read and written a second; of a bfloat16 product."""
+def ceilings(exact: bool = False) -> dict[str, float]:
+    """Return this GPU's rates: of a copy, bytes read and written a second; of bfloat16, float64 products."""
     device = Timed()
     size = 2 << 30
     first, second = device.allocate(size), device.allocate(size)
@@ -260,10 +356,24 @@ def ceilings() -> dict[str, float]:
     once()
     rows = {row["what"]: row for row in device.measured(once)}
     copy, product = rows["copy"], rows[f"product {n} x {n} x {n}"]
-    return {
+    found = {
         "copy_bytes_per_second": 2 * size * copy["count"] / copy["seconds"],
         "product_operations_per_second": product["flops"],
     }
+    return found | ({"float64_operations_per_second": _float64_rate()} if exact else {})
+
+
+def _float64_rate(n: int = 4096) -> float:
+    a, b, out = (cupy.random.standard_normal((n, n)) for _ in range(3))
+    seconds = []
+    for _ in range(6):
+        start, end = cupy.cuda.Event(), cupy.cuda.Event()
+        start.record()
+        blas.multiply_float64(a, b, out)
+        end.record()
+        end.synchronize()
+        seconds.append(cupy.cuda.get_elapsed_time(start, end) / 1e3)
+    return float(2 * n**3 / statistics.median(seconds[1:]))
 
 
 def generate(model: Llama) -> dict[str, Any]:
@@ -292,8 +402,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nf4_gpu.train.bench", description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--generation", action="store_true")
+    parser.add_argument("--exact", action="store_true")
     options = parser.parse_args()
-    found: dict[str, Any] = {"ceilings": ceilings()}
+    found: dict[str, Any] = {"ceilings": ceilings(options.exact)}
     gc.collect()
     model = random_model(options.model)
     for row in ROWS:
@@ -301,6 +412,10 @@ def main() -> None:
             cupy.get_default_memory_pool().free_all_blocks()
             found[row.name] = measure(row, model)
             gc.collect()
+    if options.exact:
+        cupy.get_default_memory_pool().free_all_blocks()
+        found[EXACT.name] = measure_exact(EXACT, model)
+        gc.collect()
     if options.generation:
         cupy.get_default_memory_pool().free_all_blocks()
         found["generation"] = generate(model)

@@ -163,7 +163,7 @@ def main() -> None:
     torch: Any = importlib.import_module("torch")
     found: dict[str, list[dict[str, Any]]] = {}
     for way in WAYS:
-        rows = [row for row in ROWS if row.model == options.model and row.budget is None]
+        rows = [row for row in ROWS if row.model == options.model and row.name == row.plain]
         model = adapted(options.model, rows[0].checkpointing, way)
         for row in rows:
             with suppress(torch.cuda.OutOfMemoryError):  # a row that this way has no room for

@@ -15,6 +15,7 @@ from nf4.train.gpu import gpu
 
 PEERS = {"codec": "bitsandbytes", "train": "peft"}
 _TIMELINE = 24  # lines of each
+_FLOAT64 = "float64_operations_per_second"
 
 
 @click.command("bench")
@@ -54,9 +55,9 @@ def command(
     shapes, and products with the weight. train: a model of SmolLM2-135M's shape in NF4 with double
     quantization, r 8 on all linear layers, 4 x 256 tokens, float32, AdamW. Both sides run with their own
     default number of threads. train on cuda: Llama-shaped models of 135M, 1.2B and 8B parameters, r 16,
-    bfloat16, with the floor that arithmetic and memory set, a timeline, and generation. Under mpirun, train
-    measures rank 0 alone and all ranks in turn, 4 x 256 tokens a rank; on cuda 1.2B at 4 x 1024 and 8B at
-    4 x 2048.
+    bfloat16, with the floor that arithmetic and memory set, a timeline, and generation; with --exact 135M
+    alone. Under mpirun, train measures rank 0 alone and all ranks in turn, 4 x 256 tokens a rank; on cuda
+    1.2B at 4 x 1024 and 8B at 4 x 2048.
     """
     if against is not None and PEERS[what] != against:
         raise InputError(f"nf4 bench {what} runs against {PEERS[what]}, not {against}")
@@ -93,7 +94,7 @@ def command(
                 )
             from nf4_gpu.train import bench as training
 
-            report = training.run(against, None if model is None else str(model))
+            report = training.run(against, None if model is None else str(model), exact)
     elif what == "codec":
         from nf4.bench import codec
 
@@ -195,6 +196,7 @@ def show_training(report: dict[str, Any]) -> None:
     click.echo(
         f"{report['gpu']}; a copy runs at {found['copy_bytes_per_second'] / 1e12:.2f} TB/s, a product at "
         f"{found['product_operations_per_second'] / 1e12:.0f} TFLOP/s"
+        + (f", in float64 at {found[_FLOAT64] / 1e12:.0f}" if _FLOAT64 in found else "")
     )
     table = Table(show_edge=False)
     columns = ["", "ms", "GiB", "floor, ms", "reached"]
