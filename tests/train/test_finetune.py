@@ -392,6 +392,7 @@ def test_json_lines_and_what_was_cut_is_said(tmp_path: Path, model: Path, nf4: N
 
 
 def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background begin without it
     with room._interrupts() as interrupted:
         assert not interrupted()
         signal.raise_signal(signal.SIGINT)
