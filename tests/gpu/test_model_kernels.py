@@ -475,7 +475,7 @@ def test_adamw_is_the_specifications_to_the_bit(device: Any, dtype: Any, budget:
         _, found, made = optimizer.outcome()
         assert made == np.isfinite(norm)
         if made:
-            assert found == pytest.approx(norm, rel=1e-14)  # sums in another order
+            assert found == pytest.approx(norm, rel=1e-12)  # NF4-10.7
             mirror.step(grads, rate)
             powers = following
     optimizer.store(host, [("a", 0)], mirror.steps)

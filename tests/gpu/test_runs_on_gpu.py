@@ -215,9 +215,12 @@ def test_a_loss_that_is_not_finite_ends_the_run(
     ("arguments", "words"),
     [
         (["--device", "tpu"], "'tpu' is not one of 'cpu', 'cuda'"),
-        (["--keep-layers", 1], "--keep-layers is for --device cuda; leave it away"),
-        (["--optimizer-budget", "1G"], "--optimizer-budget is for --device cuda; leave it away"),
-        (["--weights-budget", "1G"], "--weights-budget is for --device cuda; leave it away"),
+        (["--keep-layers", 1], "--keep-layers is for --device cuda without --exact; leave it away"),
+        (
+            ["--optimizer-budget", "1G"],
+            "--optimizer-budget is for --device cuda without --exact; leave it away",
+        ),
+        (["--weights-budget", "1G"], "--weights-budget is for --device cuda without --exact; leave it away"),
         (["--device", "cuda", "--keep-layers", 1], "--keep-layers is for --checkpointing"),
         (["--device", "cuda", "--optimizer-budget", "much"], "'much' is not a size"),
         (["--device", "cuda", "--optimizer-budget", "1K"], "--optimizer-budget: 0.0 MiB are too few"),
