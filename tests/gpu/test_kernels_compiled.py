@@ -1,8 +1,12 @@
 """Every kernel compiles for every architecture, without a GPU: no spills, nothing that exactness forbids."""
 
+import importlib.util
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 
 import pytest
 from nf4_gpu import hopper
@@ -136,6 +140,36 @@ def test_exact_kernels_neither_flush_nor_approximate_nor_fuse(
     assert not FORBIDDEN.findall(text)
     allowed = SUMS_ON_GRIDS if source == "exact/linear.cu" else set()
     assert set(FUSED_INSTRUCTION.findall(text)) == allowed
+
+
+def copying() -> list[Case]:
+    """The kernels with asynchronous copies by threads."""
+    found = [case for case in cases() if case[0] in ("model/vector.cu", "product.cu") and case[1] == HOPPER]
+    return [case for case in found if case[2].get("KIND") != 1]
+
+
+@pytest.mark.parametrize("case", copying(), ids=name)
+def test_asynchronous_copies_are_instructions_that_there_are(case: Case, tmp_path: Path) -> None:
+    """ptxas 13.0 spoils a copy to a lane's address plus an offset of the whole warp's.
+
+    Descriptors are pairs of uniform registers from an even one on, and it writes an odd one.
+    """
+    code, _ = compile_kernels(*case)
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(code + b"\0")  # CuPy leaves the last byte away
+    told = subprocess.run([disassembler(), "-c", file], capture_output=True, text=True, check=True).stdout
+    copies = [line for line in told.splitlines() if "LDGSTS" in line]
+    assert copies
+    assert not [line for line in copies if re.search(r"desc\[UR\d*[13579]\]", line)]
+
+
+def disassembler() -> str:
+    """nvdisasm, from the package nvidia-cuda-nvdisasm or a toolkit; skip where there is none."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        for found in Path(folder).glob("*/bin/nvdisasm"):
+            return str(found)
+    return shutil.which("nvdisasm") or pytest.skip("there is no nvdisasm: pip install nvidia-cuda-nvdisasm")
 
 
 @pytest.mark.parametrize("dtype", [1, 2])

@@ -342,7 +342,17 @@ def shared_memory(device: Any, nbytes: int | None) -> Iterator[None]:
     ],
 )  # fmt: skip
 def test_generation_is_near_the_references(device: Any, name: str, memory: int | None) -> None:
-    model = build(**MODELS[name])
+    check_generation(device, build(**MODELS[name]), memory)
+
+
+def test_generation_with_weights_of_many_rows(request: pytest.FixtureRequest) -> None:
+    """Each thread block of a GPU takes more groups of rows than its warps have on their way at a time."""
+    device = device_of("cuda", request)
+    for memory in (None, 112 << 10, 99 << 10, 64 << 10):
+        check_generation(device, build(hidden_size=64, intermediate_size=16384), memory)
+
+
+def check_generation(device: Any, model: Llama, memory: int | None) -> None:
     vocabulary = model.config.vocab_size
     with shared_memory(device, memory):
         decoder = run.decoder(model, 20, 40, device)

@@ -194,17 +194,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
   };
   Place to_copy = {warp < spans ? first : groups, warp}, to_scale = to_copy;
   ring += warp * (STAGES * STAGE);
-  // Eight lanes copy a row's 128 bytes. Every second row is kept crosswise: then eight lanes read from all banks.
-  auto copy_codes = [&](int slot) {
+  // Eight lanes copy a row's 128 bytes. Every second row is kept crosswise: then eight lanes read from all banks. A lane keeps
+  // the address it copies to: of an address and an offset that all lanes share, ptxas 13.0 makes an illegal instruction.
+  u32 first_place = shared_address(ring) + lane / 8 * 128 + (lane % 8 ^ lane / 8 % 2 * 4) * 16, to = first_place;
+  auto copy_codes = [&] {
     if (to_copy.group < groups) {
       const Rows& job = own[job_of(to_copy.group)];
       int c = to_copy.span * SPAN + lane % 8 * 32, row0 = (to_copy.group - job.first) * GROUP_ROWS + lane / 8;
       const u8* from = (const u8*)job.from + (row0 * pitch + c) / 2;
-      u32 to = shared_address(ring) + slot * STAGE + lane / 8 * 128 + (lane % 8 ^ lane / 8 % 2 * 4) * 16;
       int left = c < columns ? job.rows - row0 : 0;
 #pragma unroll
       for (int i = 0; i < 4; i++) copy_once(to + i * 512, from + i * 2 * pitch, i * 4 < left);
     }
+    if ((to += STAGE) == first_place + STAGES * STAGE) to = first_place;
     commit_copies();
     advance(to_copy);
   };
@@ -227,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
     advance(to_scale);
   };
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) copy_codes(i);
+  for (int i = 0; i < STAGES - 1; i++) copy_codes();
   load_scales();
   // The table: a byte's two values, the first in the low half, in each bank or some.
   u32 bank = lane * 4 % min(TABLE_ROW, 128);
@@ -275,7 +277,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
             uint4 word = *(const uint4*)(ring + slot * STAGE + (g + i * 8) * 128 + ((half * 4 + quad) ^ g % 2 * 4) * 16);
             words[i][half][0] = word.x, words[i][half][1] = word.y, words[i][half][2] = word.z, words[i][half][3] = word.w;
           }
-        copy_codes(slot ? slot - 1 : STAGES - 1);  // where all lanes have read
+        copy_codes();  // where all lanes have read
         if (++slot == STAGES) slot = 0;
         float sums[2][4] = {};
 #pragma unroll
