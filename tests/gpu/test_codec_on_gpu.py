@@ -212,6 +212,7 @@ def test_a_stream_of_the_callers(data: st.DataObject) -> None:
         q = quantize(on_device, 64, "nf4", double_quant=True, check=False)
         y = dequantize(q, np.float32)
         found = cupy.asnumpy(y, stream=stream)
+        stream.synchronize()  # to copy an empty array waits for nothing
     expected = nf4.quantize(x, 64, "nf4", double_quant=True)
     assert same_bits(found, nf4.dequantize(expected, np.float32))
     assert to_host(q) == expected
