@@ -49,7 +49,7 @@ def sum_absmax(absmax: cupy.ndarray) -> cupy.ndarray:
 def encode_nested(
     absmax: Any, n: int, bins: cupy.ndarray, out: NestedAbsmax, status: int, calls: Calls | None = None
 ) -> None:
-    """Launch the 8-bit form of n absmax, not negative, with their sum in bins, into out (NF4-6.1 to NF4-6.3).
+    """Launch the 8-bit form of n absmax, not negative, with their sum in bins, into out (NF4-6.1, NF4-6.3).
 
     status is the address of an int that is set where a finite absmax would decode to an infinity (NF4-6.6),
     or 0. calls keeps what is the same for the same out.

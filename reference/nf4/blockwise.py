@@ -42,7 +42,7 @@ def check_array(what: str, array: NDArray[Any], dtype: DTypeLike, size: int) -> 
 
 
 def scale_rows(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return s = x / absmax as NF4-3.2 to NF4-3.4 round it, and absmax [rows], for x [rows, block].
+    """Return s = x / absmax, as NF4-3.2, NF4-3.3 and NF4-3.4 say, and absmax [rows], of x [rows, block].
 
     Where x has a NaN or an infinity, absmax of that row is a NaN or infinite and s means nothing.
     """

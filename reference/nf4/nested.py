@@ -140,7 +140,7 @@ def _search_table() -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
 
 
 def encode_nested(absmax: NDArray[np.float32]) -> NestedAbsmax:
-    """Return the 8-bit form of absmax [blocks] (NF4-6.1 to NF4-6.3).
+    """Return the 8-bit form of absmax [blocks] (NF4-6.1, NF4-6.2, NF4-6.3).
 
     Raises InputError, naming the block, where one is not finite, is negative, or would decode to an infinity
     (NF4-6.6).

@@ -200,7 +200,7 @@ def reciprocal_of(absmax: int) -> int:
 
 
 def scale(x: list[int], block_size: int) -> tuple[list[int], list[int], list[int]]:
-    """absmax and its reciprocal by block, and s by element, of float32 bits x (NF4-3.1 to NF4-3.4)."""
+    """absmax and reciprocal by block, s by element, of float32 bits x (NF4-3.1, NF4-3.2, NF4-3.3, NF4-3.4)."""
     scales, reciprocals, s = [], [], []
     for start in range(0, len(x), block_size):
         block = x[start : start + block_size]
@@ -297,7 +297,7 @@ def mean(x: list[int]) -> int:
 
 
 def encode_nested(absmax: list[int], table: list[int]) -> tuple[list[int], list[int], int]:
-    """8-bit codes, their absmax and the offset (NF4-6.1 to NF4-6.3)."""
+    """8-bit codes, their absmax and the offset (NF4-6.1, NF4-6.2, NF4-6.3)."""
     offset = mean(absmax)
     codes, scales = encode(centred(absmax, offset), 256, table)
     return codes, scales, offset

@@ -25,7 +25,7 @@ fn ranks(values: &[f32]) -> (Vec<u8>, Vec<f32>) {
     (ranks.iter().map(|rank| rank.1).collect(), ranks.windows(2).map(middle).collect())
 }
 
-/// NF4-3.1 to NF4-3.5: the code of each element, not yet packed, and absmax of each block.
+/// NF4-3.1, NF4-3.2, NF4-3.3, NF4-3.4, NF4-3.5: the code of each element, not yet packed, and absmax of each block.
 fn encode(x: &[f32], size: usize, values: &[f32]) -> (Vec<u8>, Vec<f32>) {
     let ((ranked, thresholds), mut codes, mut scales) = (ranks(values), vec![], vec![]);
     for block in x.chunks(size) {

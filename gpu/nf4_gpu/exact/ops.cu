@@ -1,4 +1,5 @@
-// What a transformer layer does outside its products (NF4-14.7 to NF4-14.11), every operation rounded by itself.
+// What a transformer layer does outside its products, every operation rounded by itself (NF4-14.7, NF4-14.8, NF4-14.9,
+// NF4-14.10, NF4-14.11).
 // Defines: DTYPE, of an embedding. A block takes a row where a row has a sum.
 #include "exact/elementary.cuh"
 #include "exact/grid.cuh"

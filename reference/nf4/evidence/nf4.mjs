@@ -72,7 +72,7 @@ export function narrow(x, dtype) {
   });
 }
 
-/** NF4-3.2 to NF4-3.5: the absmax of each block, and a code for each element, not packed. */
+/** NF4-3.2, NF4-3.3, NF4-3.4, NF4-3.5: the absmax of each block, and a code for each element, not packed. */
 function encode(x, blockSize, { codes: codeOf, thresholds }) {
   const codes = new Uint8Array(x.length), absmax = new Float32Array(Math.ceil(x.length / blockSize));
   const blockOf = (i) => Math.floor(i / blockSize);
