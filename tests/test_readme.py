@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from nf4.cli import main
+from nf4.conform.bugs import BUGS
+from nf4.conform.operations import OPERATIONS
+from nf4.conform.vectors import load
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -29,6 +32,27 @@ def test_every_room_is_on_the_map() -> None:
     }
     shown = set(re.findall(r"^\| `(reference/nf4/\w+/)`", README.read_text("utf-8"), re.MULTILINE))
     assert shown == rooms
+
+
+def test_every_module_is_on_the_map() -> None:
+    row = r"^\| `((?:reference|gpu)/[\w/]+)` \| (.+) \|$"
+    rows = dict(re.findall(row, README.read_text("utf-8"), re.MULTILINE))
+    commands = set(main.list_commands(None))  # type: ignore[arg-type]
+    exact = {path.stem for path in (ROOT / "reference/nf4/exact").glob("*.py")}
+    as_said = {"reference/nf4/cli/": commands, "gpu/nf4_gpu/exact/": exact}  # the row says so of all of them
+    for room, text in rows.items():
+        there = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__", "testing"}
+        named = set(re.findall(r"`(\w+)`", text)) | as_said.get(room, set())
+        assert there - named == set(), f"{room} has modules that its row doesn't name"
+
+
+def test_the_size_of_the_kit_is_the_one_stated() -> None:
+    files = [path for path in (ROOT / "spec/vectors").iterdir() if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    text = README.read_text("utf-8")
+    assert f"{len(load())} vectors ({size / 1e6:.1f} MB in `spec/vectors`" in text
+    assert f"for {len(OPERATIONS)} operations" in text
+    assert f"each of {len(BUGS)} classes of bug" in text
 
 
 def test_every_module_says_its_purpose_in_one_line() -> None:

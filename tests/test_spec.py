@@ -70,7 +70,7 @@ def cited(text: str) -> set[str]:
 
 
 def docstrings() -> str:
-    """What the docstrings of the reference say, also those under a constant; without the kit's and its room for pytest."""
+    """What the docstrings of the reference say, also those under a constant; without kit and nf4.testing."""
     found = []
     for path in (ROOT / "reference").rglob("*.py"):
         if "conform" not in path.parts and path.name != "testing.py":

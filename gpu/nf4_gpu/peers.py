@@ -1,6 +1,6 @@
 """The other side of `nf4 bench --device cuda`: bitsandbytes; run as `python -m nf4_gpu.peers`.
 
-The only module of the package that loads PyTorch, and only in a process of its own.
+It loads PyTorch, in a process of its own.
 """
 
 import argparse

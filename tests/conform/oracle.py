@@ -200,7 +200,7 @@ def reciprocal_of(absmax: int) -> int:
 
 
 def scale(x: list[int], block_size: int) -> tuple[list[int], list[int], list[int]]:
-    """absmax and reciprocal by block, s by element, of float32 bits x (NF4-3.1, NF4-3.2, NF4-3.3, NF4-3.4)."""
+    """absmax and reciprocal by block, s by element, of float32 bits (NF4-3.1, NF4-3.2, NF4-3.3, NF4-3.4)."""
     scales, reciprocals, s = [], [], []
     for start in range(0, len(x), block_size):
         block = x[start : start + block_size]

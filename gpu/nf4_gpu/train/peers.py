@@ -1,6 +1,6 @@
 """The other side of `nf4 bench train --device cuda`: transformers, PEFT and bitsandbytes, a process.
 
-As `nf4_gpu.peers`, the only other module that loads PyTorch. Run as `python -m nf4_gpu.train.peers`.
+As `nf4_gpu.peers` it loads PyTorch, in a process of its own. Run as `python -m nf4_gpu.train.peers`.
 """
 
 import argparse

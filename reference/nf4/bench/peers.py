@@ -1,6 +1,6 @@
 """The other side of `nf4 bench`: bitsandbytes, transformers and PEFT; run as `python -m nf4.bench.peers`.
 
-The only module of the package that loads PyTorch, and only in a process of its own.
+It loads PyTorch, in a process of its own, as `nf4.conform.libraries` does and nothing else here.
 """
 
 import argparse
