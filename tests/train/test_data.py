@@ -174,6 +174,7 @@ def test_evenly(n: int, most: int) -> None:
         ("a.json", b'[{"text": "a"}]', "give JSON lines, an object a line"),
         ("a.txt", b"short", "5 tokens are too few"),
         ("a.jsonl", b'{"text": "a"}\n{"text"', r"a\.jsonl:2: not a JSON object: .* at column"),
+        ("a.jsonl", b'{"text": "a', r"a\.jsonl:1: .*: Unterminated string starting at column 10"),
         ("a.jsonl", b'["text"]', r"a\.jsonl:1: a JSON list"),
         ("a.jsonl", b'{"txt": "a"}', "needs just one of .* it has 'txt'"),
         ("a.jsonl", b"{}", "it has no keys"),

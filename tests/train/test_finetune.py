@@ -257,13 +257,13 @@ def test_a_model_broken_from_the_start(options: FinetuneOptions, monkeypatch: py
         (["--rank", 0], "--rank 0: it must be at least 1"),
         (["--rank", "x"], "'x' is not a valid integer"),
         (["--alpha", 0], "--alpha 0.0: it must be above 0"),
-        (["--alpha", "nan"], "--alpha nan: it must be above 0"),
+        (["--alpha", "nan"], "--alpha nan: it must be a finite number, above 0"),
         (["--lr", -1], "--lr -1.0: it must be above 0"),
-        (["--lr", "inf"], "--lr inf: it must be above 0"),
+        (["--lr", "inf"], "--lr inf: it must be a finite number, above 0"),
         (["--dropout", 1], "--dropout 1.0: it must be below 1"),
-        (["--dropout", "nan"], "--dropout nan: it must be at least 0"),
+        (["--dropout", "nan"], "--dropout nan: it must be a finite number, at least 0"),
         (["--warmup", -1], "--warmup -1: it must be at least 0"),
-        (["--weight-decay", "nan"], "--weight-decay nan: it must be at least 0"),
+        (["--weight-decay", "nan"], "--weight-decay nan: it must be a finite number, at least 0"),
         (["--max-grad-norm", -0.5], "--max-grad-norm -0.5: it must be at least 0"),
         (["--batch-size", 0], "--batch-size 0: it must be at least 1"),
         (["--grad-accum", 0], "--grad-accum 0: it must be at least 1"),
@@ -346,6 +346,8 @@ def test_config_file(tmp_path: Path, model: Path, text: Path, nf4: Nf4) -> None:
     [
         ("ranks: 4", "there is no option 'ranks'; known are adapter-dtype, "),
         ("config: other.yaml", "there is no option 'config'"),
+        ("steps: one", "run.yaml: steps: 'one' is not a valid integer"),
+        ("lr: 3%", "run.yaml: lr: '3%' is not a valid float"),
         ("rank: 3.7", "'3.7' is not a valid integer"),
         ("rank: true", "rank is True; a single value is expected"),
         ("rank: [1, 2]", "rank is [1, 2]; a single value is expected"),
@@ -365,7 +367,7 @@ def test_bad_config(tmp_path: Path, model: Path, text: Path, nf4: Nf4, content: 
     assert not (tmp_path / "out").exists()
     result = nf4("finetune", model, text, "--out", tmp_path / "out", "--config", tmp_path / "absent.yaml")
     assert result.exit_code == 2
-    assert "absent.yaml: the config can't be read" in result.stderr
+    assert "absent.yaml: the config can't be read (No such file or directory)" in result.stderr
 
 
 def test_json(tmp_path: Path, model: Path, text: Path, nf4: Nf4) -> None:

@@ -255,7 +255,8 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, model: Path, text: Path, w
     (out / snapshot.NAME).rename(out / "notes.txt")
     result = nf4("finetune", model, text, "--out", out, "--resume")
     assert result.exit_code == 2
-    assert "there is no such checkpoint to resume from" in result.stderr
+    assert "there is no such checkpoint to resume from, and" in result.stderr
+    assert "isn't empty; name another --out" in result.stderr
     assert json.dumps(sorted(p.name for p in out.iterdir())) == '["notes.txt"]'
 
 

@@ -46,8 +46,10 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: Path | None)
         return None
     try:
         content = yaml.safe_load(value.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{value}: the config can't be read ({error})") from None
+    except OSError as error:
+        raise InputError(f"{value}: the config can't be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{value}: the config is not UTF-8 at byte {error.start}; convert it") from None
     except yaml.YAMLError as error:
         raise InputError(f"{value}: not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
@@ -78,9 +80,12 @@ def _config_value(path: Path, key: str, option: click.Parameter, item: Any) -> A
         return ",".join(map(str, item))
     if isinstance(item, bool | list | dict):
         raise InputError(f"{path}: {key} is {item!r}; a single value is expected")
-    return str(
-        item
-    )  # 3.7 for a whole number is then refused, and 2e-4, which YAML takes for a text, accepted
+    text = str(item)  # so 3.7 for a whole number is refused, and 2e-4, which YAML takes for a text, accepted
+    try:
+        option.type.convert(text, option, None)
+    except click.BadParameter as error:
+        raise InputError(f"{path}: {key}: {error.message.rstrip('.')}") from None
+    return text
 
 
 def _targets(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:

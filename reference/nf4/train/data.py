@@ -155,7 +155,8 @@ class _Loader:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from None
+            wrong = error.msg.removesuffix(" at")
+            raise InputError(f"{where}: not a JSON object: {wrong} at column {error.colno}") from None
         if not isinstance(record, dict):
             raise InputError(f"{where}: a JSON {type(record).__name__}, where an object is expected")
         segments = self._segments(where, record)

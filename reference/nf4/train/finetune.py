@@ -116,10 +116,11 @@ class FinetuneOptions:
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not low <= value < math.inf:
-                raise InputError(f"{_flag(name)} {value}: it must be at least {low}")
+                raise InputError(f"{_flag(name)} {value}: it must be {_finite(value)}at least {low}")
         for name in ("alpha", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{_flag(name)} {getattr(self, name)}: it must be above 0")
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise InputError(f"{_flag(name)} {value}: it must be {_finite(value)}above 0")
         if self.dropout >= 1:
             raise InputError(f"--dropout {self.dropout}: it must be below 1")
         if self.seed >= 1 << 64:
@@ -149,6 +150,10 @@ class FinetuneOptions:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _finite(value: float) -> str:
+    return "" if math.isfinite(value) else "a finite number, "
 
 
 @dataclass(frozen=True)
@@ -326,8 +331,11 @@ def _prepared(options: FinetuneOptions, available: int, ranks: int) -> int:
             )
     elif out.is_dir() and options.resume and all(path.name.endswith(".tmp") for path in out.iterdir()):
         pass  # killed before its first checkpoint: there is nothing to lose, so it starts over
-    elif out.exists() and options.resume:
-        raise InputError(f"{checkpoint}: there is no such checkpoint to resume from; leave --resume away")
+    elif out.is_dir() and options.resume:
+        raise InputError(
+            f"{checkpoint}: there is no such checkpoint to resume from, and the directory isn't empty; "
+            "name another --out"
+        )
     else:
         check_output_directory(out)
     return threads or available
