@@ -17,10 +17,12 @@ def test_the_model_is_small_and_in_full_precision() -> None:
 
 
 def test_heldout_loss_is_that_of_its_training() -> None:
+    """At all of its positions: with more than it was trained on, every evaluation would measure those too."""
     model = load_model(bundled.MODEL, quantize=None)
     tokenizer = open_checkpoint(bundled.MODEL).tokenizer()
+    length = model.config.max_position_embeddings
     examples = load_data(
-        bundled.HELDOUT_TEXT, tokenizer, 256, max_positions=512, eval_path=bundled.HELDOUT_TEXT
+        bundled.HELDOUT_TEXT, tokenizer, length, max_positions=length, eval_path=bundled.HELDOUT_TEXT
     ).heldout
     evenly = examples[:: len(examples) // 64][:64]
     assert abs(evaluate(model, evenly, batch_size=32, threads=1) - 1.397) < 0.02

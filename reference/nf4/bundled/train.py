@@ -28,7 +28,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "hidden_act": "silu",
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "tie_word_embeddings": True,
@@ -97,7 +97,7 @@ def main(jargon: Path, out: Path, steps: int, seed: int) -> None:
             weight_decay=0.1,
             max_grad_norm=1.0,
             batch_size=32,
-            seq_len=256,
+            seq_len=config.max_position_embeddings,  # a position never trained spoils every measurement
             eval_every=250,
             resume=work.exists(),
         )
