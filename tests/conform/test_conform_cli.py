@@ -129,7 +129,7 @@ def test_list_and_only() -> None:
         ((), "runs one port"),
         (("--python", "nf4.conform.reference", "--", "true"), "runs one port"),
         (("--vectors", "nowhere", *REFERENCE), "nowhere"),
-        (("--known-failures", "nowhere", *REFERENCE), "nowhere: can't be read"),
+        (("--known-failures", "nowhere", *REFERENCE), "nowhere: can't be read (No such file or directory)"),
         (("--report", "nowhere/page.html", "--only", "storage", *REFERENCE), "can't be written"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,10 @@ def test_the_command_prints_the_board(make: Make, monkeypatch: pytest.MonkeyPatc
     run = CliRunner().invoke(main, ["conform", "--scoreboard", "--only", "quantize", "--json"])
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout)["libraries"][0]["name"] == "right"
+    monkeypatch.setattr(scoreboard, "entries", lambda: [replace(make("right"), versions=None)])
+    empty = CliRunner().invoke(main, ["conform", "--scoreboard"])
+    assert empty.exit_code == 2, "nothing was run"
+    assert "none of the libraries that it knows is installed (" in empty.stderr
     refused = CliRunner().invoke(main, ["conform", "--scoreboard", "--", "my-port"])
     assert refused.exit_code == 2
     assert "name no port" in refused.stderr

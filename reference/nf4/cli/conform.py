@@ -180,12 +180,19 @@ def report(run: Run, sentences: dict[str, str], page: Path | None, as_json: bool
 
 
 def show_scoreboard(vectors: list[Vector], timeout: float | None, as_json: bool) -> None:
-    """Run the libraries, and print what each conforms to as Markdown or JSON."""
+    """Run the libraries, and print what each conforms to, as Markdown or JSON. InputError where none is."""
     from nf4.conform import scoreboard
 
+    libraries = scoreboard.entries()
+    if all(entry.versions is None for entry in libraries):
+        titles = ", ".join(entry.title for entry in libraries)
+        raise InputError(
+            f"--scoreboard: none of the libraries that it knows is installed ({titles}); "
+            "install some, or all by  pip install 'nf4[scoreboard]'"
+        )
     console = Console(stderr=True)
     scores = scoreboard.run(
-        scoreboard.entries(),
+        libraries,
         vectors,
         timeout or scoreboard.TIMEOUT,
         lambda title: console.print(f"asking {title}") if console.is_terminal else None,
