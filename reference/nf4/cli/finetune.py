@@ -170,7 +170,8 @@ def command(ctx: click.Context, /, as_json: bool, config: Path | None, **values:
     """Quantize MODEL to 4 bits and train a LoRA adapter on DATA.
 
     MODEL is a Hugging Face directory or a GGUF file; DATA is a text, or JSON lines (.jsonl) with `text`,
-    `prompt` and `completion`, or chat `messages`. With neither, the bundled model learns the bundled text.
+    `prompt` and `completion`, or chat `messages`. With neither, the bundled model learns the bundled text, by
+    default in 120 steps at a rate of 2e-3.
 
     OUT gets adapter_model.safetensors and adapter_config.json, which PEFT loads, the best of them by held-out
     loss in best/, training_log.jsonl, loss.png, and checkpoint.safetensors, from which --resume goes on after
