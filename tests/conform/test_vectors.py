@@ -481,14 +481,16 @@ def test_the_package_lists_every_room_and_the_specification() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     rooms = {
-        ".".join(path.parent.relative_to(ROOT / "reference").parts)
-        for path in (ROOT / "reference").rglob("__init__.py")
+        ".".join(path.parent.relative_to(ROOT / side).parts): path.parent
+        for side in ("reference", "gpu")
+        for path in (ROOT / side).rglob("__init__.py")
     }
     listed = set(setup["options"]["packages"].split())
-    assert listed == rooms | {"nf4.spec", "nf4_gpu"}
-    kernels = setup["options.package_data"]["nf4_gpu"].split(", ")
-    endings = {path.suffix for path in (ROOT / "gpu/nf4_gpu").iterdir()}
-    assert set(kernels) == {f"*{ending}" for ending in endings if ending.startswith(".cu")}
+    assert listed == rooms.keys() | {"nf4.spec"}
+    for room, path in rooms.items():
+        kernels = {f"*{file.suffix}" for file in path.iterdir() if file.suffix.startswith(".cu")}
+        if kernels:
+            assert set(setup["options.package_data"][room].split(", ")) == kernels, room
     shipped = [pattern.strip() for pattern in setup["options.package_data"]["nf4.spec"].split(",")]
     found = {path for pattern in shipped for path in SPECIFICATION.glob(pattern)}
     assert {path for path in SPECIFICATION.rglob("*") if path.is_file()} == found
