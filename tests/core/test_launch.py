@@ -133,4 +133,4 @@ def test_a_command_for_one_process_refuses_to_be_several(tmp_path: Path) -> None
     assert nf4("inspect", tmp_path, rank=1).stderr == ""
     usage = nf4("finetune", "--no-such-option", rank=1)
     assert (usage.returncode, usage.stderr) == (2, "")
-    assert "No such option" in nf4("finetune", "--no-such-option", rank=0).stderr
+    assert "no such option" in nf4("finetune", "--no-such-option", rank=0).stderr

@@ -65,10 +65,13 @@ class _Commands(click.Group):
             code, message = CHECK_FAILED, str(error)
         except KeyboardInterrupt:
             code, message = INTERRUPTED, "interrupted"
+        except click.exceptions.NoArgsIsHelpError:
+            raise
         except click.ClickException as error:
+            code = error.exit_code
             if launch is None or launch.rank == 0:
-                raise
-            ctx.exit(error.exit_code)
+                click.echo(f"nf4: {_sentence(error)}", err=True)
+            ctx.exit(code)
         except (click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:  # the other ranks would wait for this one for ever
@@ -81,10 +84,18 @@ class _Commands(click.Group):
         ctx.exit(code)
 
 
+def _sentence(error: click.ClickException) -> str:
+    """What click says of the arguments, as one sentence with the way out."""
+    message = error.format_message().rstrip(".")
+    message = message[:1].lower() + message[1:]
+    path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else ""
+    return f"{message}; see  {' '.join(['nf4', *path.split()[1:]])} --help"
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nf4")
 def main() -> None:
-    """Quantize to NF4, fine-tune with QLoRA, evaluate and generate: in NumPy, on a CPU.
+    """Quantize to NF4, fine-tune with QLoRA, evaluate and generate: in NumPy, or on a GPU.
 
     Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted.
     """

@@ -17,7 +17,7 @@ from nf4.evidence import compare, plots
 from nf4.evidence.grids import QUANTIZERS
 from nf4.evidence.weights import weights_of
 from nf4.formats.files import DTYPES as STORED
-from nf4.formats.files import atomic_write
+from nf4.formats.files import atomic_directory, check_output_directory
 
 _BY_KIND = 64  # the block size at which kinds and layers are shown, if it is among those compared
 
@@ -38,7 +38,7 @@ _BY_KIND = 64  # the block size at which kinds and layers are shown, if it is am
 @click.option(
     "--tokens", type=click.IntRange(0), default=16384, show_default=True, help="Of the text; 0 for all."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Directory for compare.json and the plots.")
+@click.option("--out", type=click.Path(path_type=Path), help="New directory for compare.json and the plots.")
 @json_option
 def command(
     model: Path | None,
@@ -64,6 +64,8 @@ def command(
         raise InputError("--data is given without MODEL; give both, or neither for the bundled ones")
     if data is not None and model is not None and model.suffix == ".safetensors" and model.is_file():
         raise InputError(f"{model}: perplexity needs a whole model, with its config and tokenizer")
+    if out is not None:
+        check_output_directory(out)
     path, text = (bundled.MODEL, bundled.HELDOUT_TEXT) if model is None else (model, data)
     weights = weights_of(path)
     before = sorted({weight.stored for weight in weights} - set(STORED))
@@ -79,30 +81,28 @@ def command(
         if model is None:
             parts[compare.NORMAL] = compare.compare_normal(pairs, progress)
     report = compare.report(parts)
+    written: list[Path] = []
     if out is not None:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{out}: can't be made ({error.strerror})") from None
-        with atomic_write(out / "compare.json") as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
         at = shown_size(sizes)
         results = parts[str(path)]["results"]
         name = "the bundled model" if model is None else path.name
-        plots.draw_histogram(out / "histogram.png", weights, at, f"{name}: {len(weights)} tensors")
-        plots.draw_error_against_bits(out / "error-bits.png", results, name)
-        if results[0]["layers"]:
-            plots.draw_error_by_layer(out / "error-layers.png", results, at, f"{name}, block {at}")
-        if model is None:
-            results = parts[compare.NORMAL]["results"]
-            plots.draw_error_against_bits(out / "error-bits-normal.png", results, compare.NORMAL)
+        with atomic_directory(out) as work:
+            (work / "compare.json").write_text(json.dumps(report, indent=1) + "\n")
+            plots.draw_histogram(work / "histogram.png", weights, at, f"{name}: {len(weights)} tensors")
+            plots.draw_error_against_bits(work / "error-bits.png", results, name)
+            if results[0]["layers"]:
+                plots.draw_error_by_layer(work / "error-layers.png", results, at, f"{name}, block {at}")
+            if model is None:
+                results = parts[compare.NORMAL]["results"]
+                plots.draw_error_against_bits(work / "error-bits-normal.png", results, compare.NORMAL)
+            written = sorted(out / file.name for file in work.iterdir())
     if as_json:
         print_json(report)
         return
     for what, part in parts.items():
         show(what, part, names, sizes)
-    if out is not None:
-        click.echo(f"\nwritten: {', '.join(sorted(str(file) for file in out.iterdir() if file.is_file()))}")
+    if written:
+        click.echo(f"\nwritten: {', '.join(map(str, written))}")
 
 
 def shown_size(sizes: Sequence[int]) -> int:
