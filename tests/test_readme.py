@@ -3,6 +3,8 @@
 import doctest
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,37 @@ def test_the_size_of_the_kit_is_the_one_stated() -> None:
 def test_every_module_says_its_purpose_in_one_line() -> None:
     for path in (ROOT / "reference").rglob("*.py"):
         assert path.read_text("utf-8").startswith('"""'), path
+
+
+def program(part: str) -> str:
+    """The one program of the README that has this part."""
+    shown = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    (found,) = (text for text in shown if part in text)
+    return found
+
+
+def said_by(*command: str, folder: Path) -> str:
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False
+    ).stdout
+
+
+def test_the_harness_does_what_is_said_of_it(tmp_path: Path) -> None:
+    (tmp_path / "port.py").write_text(program('if ask["cmd"] == "stop"'), "utf-8")
+    conform = ("-c", "from nf4.cli import main; main()", "conform", "--", sys.executable, "port.py")
+    assert "Sixteen vectors pass and one fails" in README.read_text("utf-8")
+    assert "16 passed, 1 failed" in said_by(*conform, folder=tmp_path)
+
+
+def test_the_class_for_pytest_does_what_is_said_of_it(tmp_path: Path) -> None:
+    (tmp_path / "test_nearest.py").write_text(program("class Nearest"), "utf-8")
+    said = said_by("-m", "pytest", "-q", "-p", "no:cacheprovider", "test_nearest.py", folder=tmp_path)
+    found = re.search(r"(\d+) failed, (\d+) passed, (\d+) skipped", said)
+    assert found, said
+    failed, passed, skipped = found.groups()
+    text = " ".join(README.read_text("utf-8").split())
+    assert f"{passed} vectors pass, {failed} fail" in text
+    assert f"{skipped} are skipped" in text
 
 
 def shown_commands() -> set[str]:

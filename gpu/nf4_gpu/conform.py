@@ -7,7 +7,7 @@ import numpy as np
 from nf4.codebooks import get_codebook
 from nf4.conform.reference.codec import nested as nested_of
 from nf4.conform.reference.codec import tensor as tensor_of
-from nf4.conform.reference.training import linear_layer, scalar, token_rows
+from nf4.conform.reference.training import check_counts, linear_layer, scalar, token_rows
 from nf4.errors import InputError
 from nf4.floats import DTYPES
 from nf4.lora import Dropout, LoRA
@@ -83,6 +83,7 @@ def dequantize_double(
 
 def keep_mask(seed: Any, stream: Any, sample: Any, n: int, p: Any) -> Outputs:
     """Return mask uint8 [n], 1 where the element is kept (NF4-11.4)."""
+    check_counts(n=n)
     kept = cupy.ones((1, n), np.float32)
     drop(Dropout(scalar(seed), (1,), (scalar(sample),)), scalar(stream), scalar(p), kept, kept)
     return {"mask": cupy.asnumpy(kept).astype(np.uint8)}

@@ -366,6 +366,18 @@ def counted(shape: list[int]) -> int:
     return math.prod(shape)
 
 
+def whole(number: int) -> int:
+    """A size, a count or an index (NF4-1.4)."""
+    if number < 0:
+        raise RefusedError(f"{number} is negative (NF4-1.4)")
+    return number
+
+
+def check_sequences(lengths: list[int]) -> None:
+    if not lengths or min(lengths) < 1:
+        raise RefusedError(f"sequences of {lengths} rows (NF4-9.2, NF4-15.1, NF4-15.2)")
+
+
 def check_count(what: str, found: int, expected: int) -> None:
     if found != expected:
         raise RefusedError(f"{what}: {found} where {expected} belong (NF4-12.5)")
@@ -531,7 +543,8 @@ def dropped_elements(
 ) -> list[list[bool]]:
     """[T][in], True where D sets 0: the rows of each sequence count from its own start (NF4-9.4)."""
     rows = []
-    for length, sample in zip(lengths, samples, strict=True):
+    check_sequences(lengths)
+    for length, sample in zip(lengths, map(whole, samples), strict=True):
         kept = keep_mask(seed, stream, sample, length * features, p)
         rows += [[not keep for keep in kept[t * features : (t + 1) * features]] for t in range(length)]
     return rows

@@ -99,6 +99,7 @@ def exact_softmax_backward(i: Values) -> Values:
 
 
 def exact_rms_norm(i: Values) -> Values:
+    oracle.check_count("eps", len(i["eps"]), 16)
     weight, eps = words(i["weight"]), struct.unpack(">d", bytes.fromhex(i["eps"]))[0]
     both = [exact.rms_norm(x, weight, eps) for x in rows_of(i["x"], len(weight))]
     return {"y": joined([y for y, _ in both]), "rstd": spelled([r for _, r in both])}

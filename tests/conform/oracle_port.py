@@ -146,19 +146,18 @@ def drawn_from(i: Values) -> tuple[int, int, int]:
 
 
 def uniform(i: Values) -> Values:
-    u = oracle.uniform(*drawn_from(i), i["n"])
+    u = oracle.uniform(*drawn_from(i), oracle.whole(i["n"]))
     return {"y": hexadecimal([oracle.rounded(x) for x in u], "float32")}
 
 
 def keep_mask(i: Values) -> Values:
-    mask = oracle.keep_mask(*drawn_from(i), i["n"], float64(i["p"]))
+    mask = oracle.keep_mask(*drawn_from(i), oracle.whole(i["n"]), float64(i["p"]))
     return {"mask": hexadecimal([int(keep) for keep in mask], "uint8")}
 
 
 def permutation(i: Values) -> Values:
-    return {
-        "order": hexadecimal(oracle.permutation(int(i["seed"], 16), int(i["epoch"], 16), i["n"]), "uint32")
-    }
+    order = oracle.permutation(int(i["seed"], 16), int(i["epoch"], 16), oracle.whole(i["n"]))
+    return {"order": hexadecimal(order, "uint32")}
 
 
 def init_adapter(i: Values) -> Values:
@@ -167,7 +166,7 @@ def init_adapter(i: Values) -> Values:
 
 
 def init_matrix(i: Values) -> Values:
-    y = oracle.init_matrix(int(i["seed"], 16), i["name"], i["n"])
+    y = oracle.init_matrix(int(i["seed"], 16), i["name"], oracle.whole(i["n"]))
     return {"y": hexadecimal([float32_bits(x) for x in y], "float32")}
 
 
@@ -192,13 +191,20 @@ def layer(i: Values, weight: list[int]) -> tuple[Matrix, Matrix, oracle.Adapter]
     return x, matrix(weight, i["dtype"], features), adapter(i, features)
 
 
-def lora_forward(i: Values) -> Values:
+def bias_of(i: Values) -> list[int]:
     bias = bits_of(i.get("bias", "00000000" * i["shape"][0]), "float32")
+    oracle.check_count("bias", len(bias), i["shape"][0])
+    return bias
+
+
+def lora_forward(i: Values) -> Values:
+    bias = bias_of(i)
     x, weight, lora = layer(i, decoded(i, bits_of(i["absmax"], "float32")))
     return {"y": flat(oracle.lora_forward(x, weight, matrix(bias, "float32", len(bias))[0], lora))}
 
 
 def lora_backward(i: Values) -> Values:
+    bias_of(i)
     dout = matrix(bits_of(i["dout"], "float32"), "float32", i["shape"][0])
     gradients = oracle.lora_backward(dout, *layer(i, decoded(i, bits_of(i["absmax"], "float32"))))
     return {name: flat(rows) for name, rows in zip(("dx", "dA", "dB"), gradients, strict=True)}
@@ -211,7 +217,8 @@ def scalars(i: Values, updates: int, dimensions: int) -> oracle.Scalars:
 
 def adamw(i: Values) -> Values:
     states = [bits_of(i[name], "float32") for name in ("g", "m", "v")]
-    c = scalars(i, i["updates"], len(i["shape"]))
+    oracle.check_count("p", len(bits_of(i["p"], i["dtype"])), oracle.counted(i["shape"]))
+    c = scalars(i, oracle.whole(i["updates"]), len(i["shape"]))
     p, m, v = oracle.adamw(c, i["dtype"], bits_of(i["p"], i["dtype"]), *states)
     return {
         "p": hexadecimal(p, i["dtype"]),
@@ -221,7 +228,8 @@ def adamw(i: Values) -> Values:
 
 
 def learning_rate(i: Values) -> Values:
-    rate = oracle.learning_rate(i["step"], i["steps"], i["warmup"], i["schedule"], float64(i["lr"]))
+    numbers = (oracle.whole(i[name]) for name in ("step", "steps", "warmup"))
+    rate = oracle.learning_rate(*numbers, i["schedule"], float64(i["lr"]))
     return {"lr": float64_bits(rate)}
 
 
@@ -235,7 +243,7 @@ def clip(i: Values) -> Values:
 
 
 def example_order(i: Values) -> Values:
-    numbers = (i["examples"], i["first"], i["count"], i["batch"])
+    numbers = (oracle.whole(i[name]) for name in ("examples", "first", "count", "batch"))
     order = oracle.example_order(int(i["seed"], 16), *numbers, i.get("lengths"))
     return {"order": hexadecimal(order, "uint32")}
 

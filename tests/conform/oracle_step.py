@@ -87,9 +87,14 @@ def linear(layer: Linear, x: Rows) -> tuple[Rows, Rows]:
     if layer.bias is not None:
         y = [[add(element, b) for element, b in zip(row, layer.bias, strict=True)] for row in y]
     if lora is not None:
-        z = times(lora.c, product(lora.dropped(x), lora.a))
+        z = low_rank(lora, x)
         y = plus(y, product(z, lora.b))
     return y, z
+
+
+def low_rank(lora: Adapter, x: Rows) -> Rows:
+    """Z, which is all that backward needs of forward."""
+    return times(lora.c, product(lora.dropped(x), lora.a))
 
 
 class Gradients(NamedTuple):
@@ -211,12 +216,13 @@ def parameters(config: Json) -> tuple[str, Callable[..., Fraction | None], Json]
         if part.get("partial_rotary_factor") not in (None, 1):
             raise RefusedError("partial_rotary_factor (NF4-15.3)")
 
-    def number(name: str, default: float | None = None, source: Json = inner) -> Fraction | None:
+    def number(name: str, default: Fraction | float | None = None, source: Json = inner) -> Fraction | None:
         found = source.get(name)
-        found = default if found is None else found
-        if found is not None and not 0 < found < math.inf:
+        if found is None:
+            return None if default is None else Fraction(default)
+        if type(found) not in (int, float) or not 0 < found < math.inf:
             raise RefusedError(f"{name} is {found} (NF4-15.3)")
-        return None if found is None else Fraction(float(found))
+        return Fraction(float(found))
 
     return inner.get("rope_type") or inner.get("type") or "default", number, inner
 
@@ -240,9 +246,13 @@ def angles(config: Json, d: int, positions: int, n: int) -> tuple[list[Fraction]
     m = Fraction(1)
     if kind == "dynamic":
         f = given(number("factor"))
-        theta *= power(f * max(n, positions) / positions - (f - 1), Fraction(d, d - 2))
+        theta *= power(1 + f * (Fraction(max(n, positions), positions) - 1), Fraction(d, d - 2))
     plain = [power(theta, Fraction(-2 * i, d)) for i in range(d // 2)]
     if kind in ("llama3", "yarn", "longrope"):
+        for source in (inner, config):
+            whole = source.get("original_max_position_embeddings")
+            if whole is not None and (type(whole) is not int or not 0 < whole < 2**31):
+                raise RefusedError(f"original_max_position_embeddings is {whole} (NF4-15.3)")
         length = given(
             number("original_max_position_embeddings", None, config)
             or number("original_max_position_embeddings", positions)
@@ -294,6 +304,8 @@ def ramped(
     truncate: bool | None,
 ) -> list[Fraction]:
     """The angles of yarn."""
+    if truncate is not None and not isinstance(truncate, bool):
+        raise RefusedError(f"truncate is {truncate} (NF4-15.3)")
     a, b = (
         d * ln(length / (2 * real(pi()) * given(number(name, default)))) / not_zero(2 * ln(theta))
         for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))

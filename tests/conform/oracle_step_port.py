@@ -56,6 +56,7 @@ def layer_of(i: Values) -> tuple[step.Linear, Rows]:
     )
     wide = [oracle.widen(bits, i["dtype"]) for bits in weight]
     bias = words(i["bias"]) if "bias" in i else None
+    oracle.check_count("bias", out if bias is None else len(bias), out)
     x = by_rows(words(i["x"]), sum(i["lengths"]), into)
     return step.Linear(by_rows(wide, out, into), bias, adapter), x
 
@@ -71,7 +72,7 @@ def exact_linear_steps(i: Values) -> Values:
     return {
         "weight": "".join(f"{bits:0{DIGITS[i['dtype']]}x}" for bits in weight),
         "kept": "".join("00" if drop else "01" for row in layer.adapter.drops for drop in row),
-        "z": joined(step.linear(layer, x)[1]),
+        "z": joined(step.low_rank(layer.adapter, x)),
     }
 
 
@@ -79,7 +80,8 @@ def linear_gradients(i: Values) -> tuple[Rows, step.Gradients]:
     layer, x = layer_of(i)
     assert layer.adapter is not None
     g = by_rows(words(i["dout"]), len(x), len(layer.weight))
-    found = step.adapter_gradients(layer.adapter, g, x, step.linear(layer, x)[1], i["lengths"])
+    z = step.low_rank(layer.adapter, x)
+    found = step.adapter_gradients(layer.adapter, g, x, z, i["lengths"])
     return step.input_gradient(layer, g, found.e), found
 
 
@@ -101,7 +103,8 @@ def exact_linear_backward_steps(i: Values) -> Values:
 
 def heads_of(i: Values, *names: str) -> tuple[list[Rows], step.Heads]:
     heads = step.Heads(i["kv_heads"], i["group"], i["head_dim"], i.get("window"))
-    if min(*heads[:3], *i["lengths"], heads.window or heads.window is None) < 1:
+    oracle.check_sequences(i["lengths"])
+    if min(*heads[:3], heads.window or heads.window is None) < 1:
         raise oracle.RefusedError(f"{heads}, lengths {i['lengths']} (NF4-15.2)")
     wide = heads.kv * heads.dim
     columns = {"q": wide * heads.group, "dout": wide * heads.group, "k": wide, "v": wide}

@@ -18,6 +18,7 @@ from nf4.conform.port import Answer
 from nf4.conform.python_port import PythonPort
 from nf4.conform.values import decode_input, decode_output
 from nf4.conform.vectors import SPECIFICATION, Vector, load
+from nf4.errors import InputError
 from safetensors import SafetensorError, safe_open
 
 MODULES = (random_vectors, lora, training, files, models)
@@ -129,6 +130,22 @@ def test_what_a_sequence_keeps_does_not_depend_on_its_neighbours() -> None:
         return np.frombuffer(bytes.fromhex(STORED[name].steps["kept"]), np.uint8).reshape(-1, 10)
 
     np.testing.assert_array_equal(kept("forward-packed")[3:], kept("forward-same-sample"))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("lengths", [[5, 0], [0, 5], []])
+@pytest.mark.parametrize(
+    "operation", ["lora_forward", "lora_backward", "exact_linear", "exact_linear_backward"]
+)
+def test_an_empty_sequence_is_refused_in_one_sentence(operation: str, lengths: list[int], p: float) -> None:
+    """With dropout and without."""
+    layer = lora.Layer("empty", dropout=p)
+    fields = layer.fields | {"lengths": lengths, "samples": list(range(len(lengths)))}
+    fields["x"] = layer.x[: sum(lengths)].reshape(-1)
+    if operation.endswith("backward"):
+        fields["dout"] = layer.dout[: sum(lengths)].reshape(-1)
+    with pytest.raises(InputError, match=r"at least one sequence, and each .* at least one row"):
+        getattr(reference, operation)(**fields)
 
 
 def test_safetensors_that_the_library_refuses_too(tmp_path: Path) -> None:

@@ -76,6 +76,23 @@ def test_a_table_is_the_beginning_of_a_longer_one() -> None:
     assert (packed[1][37] == 0).all()
 
 
+@few
+@given(st.floats(1e-310, 1e-25), st.integers(1, 40), st.integers(1, 3))
+def test_a_small_factor_keeps_signs(m: float, length: int, half: int) -> None:
+    """Entries are subnormal, or zeros of the sign of the real number: +0 for the sine of 0."""
+    rope = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": m}}
+    found = rotation(config(rope, 2 * half), (length,))
+    for mine, true in zip(found, oracle_step.table(rope, 2 * half, 64, length), strict=True):
+        assert mine.view(np.uint32).tolist() == true
+
+
+@pytest.mark.parametrize("factor", [1e300, 1.7e308, 1e16 + 2, 5e-324])
+def test_dynamic_leaves_theta_within_the_length_of_the_model(factor: float) -> None:
+    rope = {"rope_scaling": {"rope_type": "dynamic", "factor": factor}}
+    for mine, plain in zip(rotation(config(rope), (64,)), rotation(config({}), (64,)), strict=True):
+        assert (mine.view(np.uint32) == plain.view(np.uint32)).all()
+
+
 def test_the_first_position_has_a_sine_of_plus_zero() -> None:
     _, sin = rotation(config({"rope_theta": 3.0}), (1,))
     assert not sin.view(np.uint32).any()

@@ -35,6 +35,10 @@ def test_null_is_as_good_as_nothing() -> None:
     assert tiny_config(**given | null) == tiny_config(**given)
     scaling = {"rope_type": None, "type": "yarn", "factor": 2.0, "truncate": None, "beta_fast": None}
     assert tiny_config(rope_scaling=scaling) == tiny_config(rope_scaling={"type": "yarn", "factor": 2.0})
+    scaling = {"rope_theta": None, "partial_rotary_factor": None, "rope_type": "linear", "factor": 3}
+    outside = {"rope_theta": 5e5, "partial_rotary_factor": 1.0}
+    assert tiny_config(**outside, rope_parameters=scaling).rope == RopeConfig(5e5, "linear", factor=3.0)
+    assert tiny_config(rope_parameters={}, rope_scaling=scaling).rope == RopeConfig(1e4, "linear", factor=3.0)
 
 
 def test_rope_old_and_new() -> None:
@@ -73,7 +77,36 @@ def test_rope_old_and_new() -> None:
             "short_factor must be a list of 2",
         ),
         ({"rope_scaling": "linear"}, "must be an object"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "", "factor": 2.0}}, "rope_type '' is not"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "factor is True"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "it must be a positive number"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0, True], "long_factor": [1, 1]}},
+            "short_factor must be a list of 2",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": True}, "partial_rotary_factor True"),
+        # What stands in two places is checked in both (NF4-15.3).
+        (
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": None}},
+            "config.json: partial_rotary_factor 0.5",
+        ),
+        (
+            {"partial_rotary_factor": 1, "rope_parameters": {"partial_rotary_factor": 0.5}},
+            r"\(rope_parameters\): partial_rotary_factor 0.5",
+        ),
+        ({"rope_theta": -1, "rope_parameters": {"rope_theta": 1e4}}, "config.json: rope_theta is -1"),
+        (
+            {
+                "original_max_position_embeddings": 32,
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2,
+                    "original_max_position_embeddings": 32.0,
+                },
+            },
+            r"\(rope_parameters\): original_max_position_embeddings is 32.0",
+        ),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention"]},
             "layer_types",

@@ -39,10 +39,12 @@ def _tables(angles: tuple[Decimal, ...], factor: Decimal, n: int) -> tuple[Float
     scale = float(factor)
     both = []
     for function, quarter in ((np.cos, Decimal(0)), (np.sin, Decimal("0.25"))):
-        near = function(angle) * scale
+        plain = function(angle)
+        near = plain * scale
         least, most = (near - doubt * scale).astype(np.float32), (near + doubt * scale).astype(np.float32)
         with localcontext(CONTEXT):
-            for position, pair in np.argwhere(least != most):
+            # Where the sign is in doubt, both may be zeros all the same: m may be small.
+            for position, pair in np.argwhere((least != most) | (np.abs(plain) <= doubt)):
                 real = factor * cosine(int(position) * turns[pair] - quarter)
                 least[position, pair] = round_to_float32(Fraction(real))
         both.append(least)

@@ -137,9 +137,10 @@ class _Reader:
             value = default
         if value is None:
             raise InputError(f"{self.where}: {key} is missing")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        number = _positive(value)
+        if number is None:
             raise InputError(f"{self.where}: {key} is {value!r}; it must be a positive number")
-        return float(value)
+        return number
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.values.get(key)
@@ -148,6 +149,17 @@ class _Reader:
         if not isinstance(value, bool):
             raise InputError(f"{self.where}: {key} is {value!r}; it must be true or false")
         return value
+
+
+def _positive(value: Any) -> float | None:
+    """The float64 nearest to a JSON number; None unless it is one, positive and finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if 0 < number < math.inf else None
 
 
 def _windows(read: _Reader, kind: str, layers: int) -> tuple[int | None, ...]:
@@ -180,18 +192,24 @@ def _windows(read: _Reader, kind: str, layers: int) -> tuple[int | None, ...]:
 
 def _rope(read: _Reader, head_dim: int, max_positions: int) -> RopeConfig:
     where, values = read.where, read.values
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    objects = (values.get(key) for key in ("rope_parameters", "rope_scaling"))
+    scaling: Any = next((found for found in objects if found is not None and found != {}), {})
     if not isinstance(scaling, Mapping):
         raise InputError(f"{where}: rope_parameters is {scaling!r}; it must be an object")
     part = _Reader(scaling, f"{where} (rope_parameters)")
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    kinds = (scaling.get(key) for key in ("rope_type", "type"))
+    kind = next((found for found in kinds if found is not None), "default")
     if kind not in ROPE_TYPES:
         raise InputError(
             f"{where}: rope_type {kind!r} is not supported; it must be one of {', '.join(ROPE_TYPES)}"
         )
-    partial = scaling.get("partial_rotary_factor", values.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise InputError(f"{where}: partial_rotary_factor {partial!r} is not supported; it must be 1")
+    # What stands in two places is checked in both, though only one of them is used (NF4-15.3).
+    for reader in (part, read):
+        partial = reader.values.get("partial_rotary_factor")
+        if partial is not None and _positive(partial) != 1:
+            raise InputError(
+                f"{reader.where}: partial_rotary_factor {partial!r} is not supported; it must be 1"
+            )
     theta = part.positive("rope_theta", read.positive("rope_theta", 10000.0))
     if kind == "default":
         return RopeConfig(theta)
@@ -201,10 +219,8 @@ def _rope(read: _Reader, head_dim: int, max_positions: int) -> RopeConfig:
         return RopeConfig(theta, kind, factor=part.positive("factor"))
 
     # As in transformers, a value outside the RoPE parameters wins; the model's own length is the last resort.
-    if values.get("original_max_position_embeddings") is not None:
-        original = read.count("original_max_position_embeddings")
-    else:
-        original = part.count("original_max_position_embeddings", max_positions)
+    original = part.count("original_max_position_embeddings", max_positions)
+    original = read.count("original_max_position_embeddings", original)
     if kind == "llama3":
         low, high = part.positive("low_freq_factor"), part.positive("high_freq_factor")
         if high <= low:
@@ -229,10 +245,11 @@ def _rope(read: _Reader, head_dim: int, max_positions: int) -> RopeConfig:
 
     def factors(key: str) -> tuple[float, ...]:
         found = scaling.get(key)
-        right = isinstance(found, list) and len(found) == head_dim // 2
-        if not right or not all(isinstance(f, int | float) and 0 < f < math.inf for f in found or ()):
+        numbers = [_positive(f) for f in found] if isinstance(found, list) else []
+        positive = tuple(number for number in numbers if number is not None)
+        if not len(positive) == len(numbers) == head_dim // 2:
             raise InputError(f"{part.where}: {key} must be a list of {head_dim // 2} positive numbers")
-        return tuple(float(f) for f in found or ())
+        return positive
 
     return RopeConfig(
         theta, kind, factor=factor, original_max_position_embeddings=original,

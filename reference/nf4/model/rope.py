@@ -48,7 +48,7 @@ def _frequencies(
     with localcontext(CONTEXT):
         theta, factor, attention = Decimal(rope.theta), Decimal(rope.factor), Decimal(1)
         if rope.type == "dynamic":
-            growth = factor * length / positions - (factor - 1)
+            growth = 1 + factor * (length - positions) / positions  # no difference of large numbers
             theta *= growth ** (Decimal(dim) / (dim - 2))
         plain = [theta ** (Decimal(-2 * i) / dim) for i in range(dim // 2)]
         if rope.type == "linear":

@@ -328,6 +328,13 @@ class LengthAccepted(Plain):
         return np.resize(array, count)
 
 
+class NegativeAccepted(Plain):
+    """A negative size, count or index is taken for its magnitude (NF4-1.4)."""
+
+    def whole(self, what: str, number: int) -> int:
+        return abs(number)
+
+
 def to_odd(x: Array) -> Array:
     """Return float64 x as float32, so that rounding it to 16 bits is as if x were rounded at once.
 

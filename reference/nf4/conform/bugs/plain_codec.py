@@ -48,10 +48,14 @@ class PlainCodec:
         return array
 
     def counted(self, shape: list[int]) -> int:
-        """The number of elements of a shape, none of whose sizes is negative (NF4-1.4)."""
-        if min(shape, default=0) < 0:
-            raise InputError(f"shape {shape} has a negative size")
-        return math.prod(shape)
+        """The number of elements of a shape (NF4-1.4)."""
+        return math.prod(self.whole("size of a shape", size) for size in shape)
+
+    def whole(self, what: str, number: int) -> int:
+        """A size, a count or an index, which is not negative (NF4-1.4)."""
+        if number < 0:
+            raise InputError(f"{what} is {number}; it must not be negative")
+        return number
 
     def check_finite(self, what: str, x: Array) -> None:
         """NF4-12.1, NF4-12.5."""

@@ -242,6 +242,7 @@ class PlainExact(PlainTraining):
 
     def exact_rms_norm(self, x: Array, weight: Array, eps: Array) -> Outputs:
         """NF4-14.9."""
+        eps = self.fitting("eps", eps, 1)
         if not 0 < eps[0] < np.inf:
             raise InputError(f"eps is {eps[0]}; it must be positive and finite")
         x = _rows(x, weight.size)

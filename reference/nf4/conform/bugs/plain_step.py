@@ -12,7 +12,7 @@ import numpy as np
 
 from nf4.conform.bugs.plain_codec import Array, Outputs
 from nf4.conform.bugs.plain_exact import PlainExact
-from nf4.conform.bugs.plain_training import IGNORED, SCHEDULES
+from nf4.conform.bugs.plain_training import ADAPTER_DTYPES, IGNORED, SCHEDULES
 from nf4.errors import InputError
 from nf4.floats import FLOAT32, round_to_float32
 from nf4.model.config import LlamaConfig, RopeConfig
@@ -225,6 +225,10 @@ class PlainStep(PlainExact):
         """The length that a rotation is for (NF4-15.3)."""
         return n
 
+    def growth(self, factor: float, n: int, positions: int) -> Decimal:
+        """What theta grows by under dynamic, before the power (NF4-15.3)."""
+        return 1 + Decimal(factor) * (n - positions) / positions
+
     def frequency(self, angle: Decimal) -> Decimal:
         """φ, a real number (NF4-15.3)."""
         return angle
@@ -242,7 +246,9 @@ class PlainStep(PlainExact):
         with localcontext(DIGITS):
             rope, positions = self.rope_of(config), config.max_position_embeddings
             try:
-                angles, factor = rotation(rope, config.head_dim, positions, self.rope_length(n, positions))
+                length = self.rope_length(n, positions)
+                growth = self.growth(rope.factor, max(length, positions), positions)
+                angles, factor = rotation(rope, config.head_dim, growth, length)
             except DecimalException:
                 raise InputError(f"the rotation of {rope} divides by 0") from None
             if max(*angles, factor) > MOST:
@@ -365,8 +371,7 @@ class PlainStep(PlainExact):
         with np.errstate(all="ignore"):
             x, linear = self._layer(codes, absmax, **layer)
             g = self.fitting("dout", dout, len(x) * len(linear.weight)).reshape(len(x), -1)
-            _, z = self._linear(linear, x)
-            dx, found = self._linear_back([linear], [g], [z], x, layer["lengths"])
+            dx, found = self._linear_back([linear], [g], [self._low_rank(linear, x)], x, layer["lengths"])
         return {"dx": dx, **{f"d{side}": gradient for (_, side), gradient in found.items()}}
 
     def exact_attention(self, q: Array, k: Array, v: Array, **heads: Any) -> Outputs:
@@ -479,12 +484,15 @@ class PlainStep(PlainExact):
         x, keep, a, b, _ = self._factors(**layer)
         scale = self.scale(layer["rank"], float(layer["alpha"][0]), layer["rslora"])
         c = self.low_rank_factor(scale, float(layer["dropout"][0]))
-        return x, Linear(weight, layer.get("bias"), Adapter(a, b, c, keep, ""))
+        bias = layer.get("bias")
+        bias = None if bias is None else self.fitting("bias", bias, len(weight))
+        return x, Linear(weight, bias, Adapter(a, b, c, keep, ""))
 
     def _heads(self, fields: Mapping[str, Any], *arrays: Array) -> tuple[Array, Array, Array, Heads]:
         sizes = fields["kv_heads"], fields["group"], fields["head_dim"]
         heads = Heads(*sizes, fields["lengths"], fields.get("window"))
-        if min(*sizes, *heads.lengths, 1 if heads.window is None else heads.window) < 1:
+        self.check_sequences(heads.lengths)
+        if min(*sizes, 1 if heads.window is None else heads.window) < 1:
             raise InputError(f"{heads} has a number below 1")
         rows, keys = sum(heads.lengths), heads.kv * heads.dim
         q, k, v = (
@@ -495,12 +503,18 @@ class PlainStep(PlainExact):
 
     def _linear(self, layer: Linear, x: Array, residual: Array | None = None) -> tuple[Array, Array | None]:
         """Y, with a residual if there is one, and Z (NF4-15.1)."""
-        lora, term, z = layer.adapter, None, None
+        lora, term, z = layer.adapter, None, self._low_rank(layer, x)
         base = self.times(x if lora is None else self.weight_input(x, lora.keep), layer.weight.T)
-        if lora is not None:
-            z = self.z_of(self.times(self.dropped(x, lora.keep), lora.a.T), lora.c)
+        if lora is not None and z is not None:
             term = self.added_term(self.times(z, lora.b.T), lora.c)
         return self.output(base, layer.bias, term, residual), z
+
+    def _low_rank(self, layer: Linear, x: Array) -> Array | None:
+        """Z, which is all that backward needs of forward (NF4-15.1)."""
+        lora = layer.adapter
+        if lora is None:
+            return None
+        return self.z_of(self.times(self.dropped(x, lora.keep), lora.a.T), lora.c)
 
     def _linear_back(
         self,
@@ -586,9 +600,10 @@ class _Run:
             raise InputError(f"the adapter of {module} has {', '.join(sides)}; it must have A and B")
         A, B = sides["A"], sides["B"]
         rank = len(A) if A.ndim else 0
-        if A.shape != (rank, shape[1]) or B.shape != (shape[0], rank) or A.dtype != B.dtype:
+        if A.shape != (rank, shape[1]) or B.shape != (shape[0], rank):
             raise InputError(f"the adapter of {module} has A {A.dtype} {A.shape}, B {B.dtype} {B.shape}")
         port, o = self.port, self.options
+        port.check_dtype(str(B.dtype), ADAPTER_DTYPES)
         stream = np.array([port.hashed(port.name_bytes(module))], np.uint32)
         same: dict[str, Any] = {name: o[name] for name in ("alpha", "rslora", "dropout", "seed", "samples")}
         fields: dict[str, Any] = {
@@ -713,12 +728,12 @@ class _Run:
         return port.kept(dmiddle + norm(dnormed1, v["x"], "input_layernorm", v["rstd1"]))
 
 
-def rotation(rope: RopeConfig, d: int, positions: int, n: int) -> tuple[list[Decimal], Decimal]:
-    """φ by pair, and m (NF4-15.3), to sixty digits."""
+def rotation(rope: RopeConfig, d: int, growth: Decimal, n: int) -> tuple[list[Decimal], Decimal]:
+    """φ by pair, and m (NF4-15.3), to sixty digits; growth is that of dynamic."""
     theta, factor, m = Decimal(rope.theta), Decimal(rope.factor), Decimal(1)
     original = Decimal(rope.original_max_position_embeddings)
     if rope.type == "dynamic":
-        theta *= (factor * max(n, positions) / positions - (factor - 1)) ** (Decimal(d) / (d - 2))
+        theta *= growth ** (Decimal(d) / (d - 2))
     angles = [theta ** (Decimal(-2 * i) / d) for i in range(d // 2)]
     if rope.type == "linear":
         angles = [angle / factor for angle in angles]

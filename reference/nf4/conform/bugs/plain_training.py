@@ -172,6 +172,11 @@ class PlainTraining(PlainCodec):
         """1 - q, what a kept element is divided by (NF4-9.4)."""
         return 1 - self.threshold(p) / 65536
 
+    def check_sequences(self, lengths: list[int]) -> None:
+        """There is a sequence, and each has a row (NF4-9.2, NF4-15.1, NF4-15.2)."""
+        if min(lengths, default=0) < 1:
+            raise InputError(f"sequences of {lengths} rows; there must be one, and a row in each")
+
     def sequence_mask(
         self,
         draw: tuple[int, int],
@@ -344,15 +349,16 @@ class PlainTraining(PlainCodec):
 
     def uniform(self, seed: Array, stream: Array, sample: Array, n: int) -> Outputs:
         """NF4-11.3."""
-        return {"y": self.uniforms(int(seed[0]), int(stream[0]), int(sample[0]), n)}
+        return {"y": self.uniforms(int(seed[0]), int(stream[0]), int(sample[0]), self.whole("n", n))}
 
     def keep_mask(self, seed: Array, stream: Array, sample: Array, n: int, p: Array) -> Outputs:
         """NF4-11.4."""
-        return {"mask": self.mask(int(seed[0]), int(stream[0]), int(sample[0]), n, float(p[0]))}
+        key = int(seed[0]), int(stream[0]), int(sample[0])
+        return {"mask": self.mask(*key, self.whole("n", n), float(p[0]))}
 
     def permutation(self, seed: Array, epoch: Array, n: int) -> Outputs:
         """NF4-11.5."""
-        return {"order": self.ordered(int(seed[0]), self.epoch_sample(int(epoch[0])), n)}
+        return {"order": self.ordered(int(seed[0]), self.epoch_sample(int(epoch[0])), self.whole("n", n))}
 
     def init_adapter(self, seed: Array, name: str, in_features: int, rank: int, dtype: str) -> Outputs:
         """A (NF4-9.3)."""
@@ -364,6 +370,7 @@ class PlainTraining(PlainCodec):
 
     def init_matrix(self, seed: Array, name: str, n: int) -> Outputs:
         """NF4-10.10."""
+        n = self.whole("n", n)
         half = -(-n // 2)
         u = self.uniforms(int(seed[0]), self.hashed(self.name_bytes(name)), 0, 2 * half).astype(np.float64)
         with np.errstate(all="ignore"):
@@ -378,7 +385,10 @@ class PlainTraining(PlainCodec):
 
     def lora_backward(self, codes: Array, absmax: Array, dout: Array, **layer: Any) -> Outputs:
         """dx, dA and dB (NF4-9.5)."""
-        return self._backward(self._weight(codes, absmax, **layer), dout, **layer)
+        weight = self._weight(codes, absmax, **layer)
+        if "bias" in layer:
+            self.fitting("bias", layer["bias"], len(weight))
+        return self._backward(weight, dout, **layer)
 
     def _weight(
         self,
@@ -421,6 +431,8 @@ class PlainTraining(PlainCodec):
         p, columns = float(dropout[0]), shape[1]
         if not math.isfinite(alpha[0]):
             raise InputError(f"alpha is {alpha[0]}; it must be finite")
+        self.check_sequences(lengths)
+        samples = [self.whole("sample", sample) for sample in samples]
         if len(lengths) != len(samples) or sum(lengths) * columns != x.size:
             raise InputError(f"sequences of {lengths} rows with samples {samples} are not those of x")
         draw = int(seed[0]), int(stream[0])
@@ -439,7 +451,7 @@ class PlainTraining(PlainCodec):
         x, keep, a, b, scale = self._factors(**layer)
         z = self.projected((x * keep) @ a.T)
         y = self.weight_input(x, keep) @ weight.T + scale * z @ b.T
-        return y if bias is None else self.biased(y, bias)
+        return y if bias is None else self.biased(y, self.fitting("bias", bias, len(weight)))
 
     def _backward(self, weight: Array, dout: Array, **layer: Any) -> Outputs:
         """dx, dA and dB (NF4-9.5)."""
@@ -474,6 +486,9 @@ class PlainTraining(PlainCodec):
         rate, betas, decay = float(lr[0]), (float(beta1[0]), float(beta2[0])), float(weight_decay[0])
         self.check_rates(rate, betas, float(eps[0]), decay)
         decay = decay if self.decays(shape) else 0.0
+        updates = self.whole("updates", updates)
+        for what, array in (("p", p), ("g", g), ("m", m), ("v", v)):
+            self.fitting(what, array, self.counted(shape))
         with np.errstate(all="ignore"):
             wide = self.widened(p)
             g, decay = self.decayed_gradient(self.kept(g), wide, decay)
@@ -488,6 +503,7 @@ class PlainTraining(PlainCodec):
         """NF4-10.6."""
         if schedule not in SCHEDULES:
             raise InputError(f"there is no schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        step, steps, warmup = (self.whole("step", number) for number in (step, steps, warmup))
         start = self.fall_start(warmup)
         span = self.span(steps, start)
         with np.errstate(all="ignore"):
@@ -521,6 +537,7 @@ class PlainTraining(PlainCodec):
     ) -> Outputs:
         """NF4-10.8."""
         check_positive("examples", examples)
+        first, count, batch = (self.whole("number", number) for number in (first, count, batch))
         numbers = range(first, first + count)
         epochs = {
             epoch: self._epoch(int(seed[0]), epoch, examples, batch, lengths)
@@ -532,7 +549,8 @@ class PlainTraining(PlainCodec):
         order = self.ordered(seed, self.epoch_sample(epoch), examples)
         if lengths is None:
             return order
-        size, span = np.array(lengths), self.run_length(examples, batch)
+        size = np.array([self.whole("length", length) for length in lengths])
+        span = self.run_length(examples, batch)
         runs = [order[start : start + span] for start in range(0, examples, span)]
         return np.concatenate([run[self.order_by_length(size[run])] for run in runs])
 
@@ -604,6 +622,8 @@ class PlainTraining(PlainCodec):
     ) -> Outputs:
         """NF4-8.8."""
         self.check_dtype(dtype)
+        check_positive("rank", rank)
+        weight = self.fitting("weight", weight, self.counted(shape))
         product = self.factor(B, shape[0], rank) @ self.factor(A, rank, shape[1])
         delta = self.applied(float(scale[0])) * product
         with np.errstate(all="ignore"):

@@ -89,6 +89,13 @@ class GradientByBatch(Plain):
         return self.times(a.T, b)[None]
 
 
+class EmptySequenceAccepted(Plain):
+    """A sequence without rows is taken (NF4-9.2, NF4-15.1, NF4-15.2)."""
+
+    def check_sequences(self, lengths: list[int]) -> None:
+        return None
+
+
 # Attention
 
 
@@ -223,6 +230,20 @@ class RopeLengthIgnored(Plain):
 
     def rope_length(self, n: int, positions: int) -> int:
         return positions
+
+
+class DynamicGrowth(Plain):
+    """dynamic lets theta grow by F n / P - (F - 1) in float64, as transformers does (NF4-15.3)."""
+
+    def growth(self, factor: float, n: int, positions: int) -> Decimal:
+        return Decimal(factor * n / positions - (factor - 1))
+
+
+class TableZeroSign(Plain):
+    """A negative cosine or sine that rounds to zero gives +0 (NF4-15.3)."""
+
+    def entry(self, factor: Decimal, cosine: Decimal) -> np.float32:
+        return super().entry(factor, cosine) + np.float32(0)
 
 
 class PositionsPacked(Plain):

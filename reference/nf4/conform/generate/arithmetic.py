@@ -53,6 +53,7 @@ FLAGS = {
     "exact-rms-norm-drawn": "RmsInFloat32 EpsilonOutside",
     "exact-rms-norm-large": "TermsRounded RmsInFloat32",
     "exact-rms-norm-small": "RmsInFloat32 EpsilonOutside",
+    "exact-rms-norm-refused-eps-two": "LengthAccepted",
     "exact-rms-norm-backward-drawn": "TermsRounded",
     "exact-cross-entropy-drawn": "SoftmaxOverflow SoftmaxGradientScaled",
     "exact-cross-entropy-ignored": "IgnoredCounted SoftmaxGradientScaled",
@@ -359,6 +360,13 @@ def _rms_norm() -> Iterator[Vector]:
         yield norm(
             f"refused-eps-{slug}", "Not an eps.", _floats(1), _floats(1), eps, refused=f"eps is {eps}."
         )
+    for count, given, why in (
+        ("two", np.array([1e-5, 1e-6]), "There are two."),
+        ("none", np.array([]), "There is none."),
+    ):
+        fields = {"x": _floats(1), "weight": _floats(1), "eps": given}
+        slug = f"exact-rms-norm-refused-eps-{count}"
+        yield _vector("exact_rms_norm", slug, "14.1 14.9", "eps is one number.", fields, refused=why)
     yield norm(
         "refused-infinity", "An infinity.", _floats(1, np.inf), _floats(1, 1), refused="x has an infinity."
     )

@@ -315,6 +315,32 @@ def _forward() -> Iterator[Vector]:
             flags=flags,
             refused=why,
         )
+    yield from _refused_rows("lora_forward", "forward", plain)
+
+
+def _refused_rows(operation: str, slug: str, plain: dict[str, Any]) -> Iterator[Vector]:
+    """Of a layer of 12 outputs and a sequence of 5 rows: none, one without rows, a bias too short."""
+    arrays = {name: plain[name] for name in ("x", "dout") if name in plain}
+    none: dict[str, Any] = {name: array[:0] for name, array in arrays.items()}
+    p = {"dropout": np.array([0.1])}
+    empty = "EmptySequenceAccepted"
+    no_rows: dict[str, Any] = {"lengths": [5, 0], "samples": [0, 1], **p}
+    no_sequence: dict[str, Any] = {"lengths": [], "samples": [], **none}
+    for name, clauses, change, flags, why in (
+        ("length-0", "9.2 9.4", no_rows, empty, "A sequence has no rows."),
+        ("no-sequence", "9.2", no_sequence, empty, "There is no sequence."),
+        ("sample", "1.4 9.4", {"samples": [-1], **p}, "NegativeAccepted", "The sample is negative."),
+        ("bias", "12.5 9.2", {"bias": numbers("bias", 1)}, "LengthAccepted", "The bias has one element."),
+    ):
+        yield make(
+            operation,
+            f"{slug}-refused-{name}",
+            clauses,
+            "Not a layer.",
+            plain | change,
+            flags=flags,
+            refused=why,
+        )
 
 
 def _backward() -> Iterator[Vector]:
@@ -381,6 +407,8 @@ def _backward() -> Iterator[Vector]:
         lengths=(2, 1, 3),
         samples=(5, 6, 1_000_000),
     )
+    plain = Layer("backward-refused")
+    yield from _refused_rows("lora_backward", "backward", {**plain.fields, "dout": plain.dout})
 
 
 def _lora_step() -> Iterator[Vector]:

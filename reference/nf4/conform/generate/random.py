@@ -106,6 +106,15 @@ def _uniforms() -> Iterator[Vector]:
         ("high-seed", _draw(1 << 32), 4, "A seed whose lower half is 0.", "SeedTruncated SeedHalves"),
     ):
         yield make("uniform", f"uniform-{slug}", "11.2 11.3", comment, {**fields, "n": n}, flags=flags)
+    yield make(
+        "uniform",
+        "uniform-refused-negative",
+        "1.4 11.3",
+        "No count is negative.",
+        {**_draw(1), "n": -3},
+        flags="NegativeAccepted",
+        refused="n is negative.",
+    )
 
 
 def _sample_with(lane: int, n: int = 64) -> int:
@@ -182,6 +191,15 @@ def _masks() -> Iterator[Vector]:
             "DropoutRange",
             refused=f"p is {p}, not in [0, 1).",
         )
+    yield make(
+        "keep_mask",
+        "mask-refused-negative",
+        "1.4 11.4",
+        "No count is negative.",
+        {**_draw(5), "n": -8, "p": np.array([0.5])},
+        flags="NegativeAccepted",
+        refused="n is negative.",
+    )
 
 
 def _permutations() -> Iterator[Vector]:
@@ -209,3 +227,12 @@ def _permutations() -> Iterator[Vector]:
             flags=flags,
             steps={"draws": np.array(draws[:n], np.uint64)},
         )
+    yield make(
+        "permutation",
+        "permutation-refused-negative",
+        "1.4 11.5",
+        "No count is negative.",
+        {"seed": np.array([1], np.uint64), "epoch": np.array([0], np.uint64), "n": -2},
+        flags="NegativeAccepted",
+        refused="n is negative.",
+    )

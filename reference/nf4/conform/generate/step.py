@@ -111,12 +111,19 @@ def _linear() -> Iterator[Vector]:
     infinite[1, 3], huge[1, 3] = np.inf, 3e38
     broken = layer.A.copy()
     broken[0, 3] = 3e38
+    empty: Fields = {"lengths": [3, 0], "samples": [0, 1], "dropout": np.array([0.3])}
+    none: Fields = {"lengths": [], "samples": [], "x": layer.x[:0]}
+    one: Fields = {"bias": _floats(1)}
     for slug, fields, why, flags in (
         ("infinity", {"x": infinite}, "x has an infinity.", "NonFiniteAccepted"),
         ("z", {"x": huge, "A": broken}, "Z is infinite, and the operand of a product.", ""),
         ("alpha", {"alpha": np.array([1e300])}, "c is infinite, and so is Z.", ""),
         ("rank", {"rank": 0, "A": layer.A[:0], "B": layer.B[:, :0]}, "The rank is 0.", ""),
         ("rows", {"lengths": [2]}, "There are three rows, and sequences of two.", ""),
+        ("length-0", empty, "A sequence has no rows.", "EmptySequenceAccepted"),
+        ("no-sequence", none, "There is no sequence.", "EmptySequenceAccepted"),
+        ("sample", {"samples": [-1]}, "The sample is negative.", "NegativeAccepted"),
+        ("bias", one, "The bias has one element, and there are six outputs.", "LengthAccepted"),
     ):
         yield make(
             "exact_linear",
@@ -168,16 +175,32 @@ def _linear_backward() -> Iterator[Vector]:
         "DroppedMultiplied",
         infinite,
     )
-    fields = of("refused").fields | {"dout": _floats(*[np.nan] * 18)}
-    yield make(
-        "exact_linear_backward",
-        "exact-linear-backward-refused-nan",
-        "15.1 14.1",
-        "Not a gradient.",
-        fields,
-        flags="NonFiniteAccepted",
-        refused="dout has a NaN.",
+    infinite = of("x-infinite", **PACKED)
+    infinite.x[tuple(np.argwhere(~infinite.mask)[1])] = np.inf
+    yield backward(
+        "x-infinite",
+        "X is infinite where it is dropped: forward refuses it, backward does not meet it.",
+        "DroppedMultiplied",
+        infinite,
     )
+    plain = of("refused")
+    fields = plain.fields | {"dout": plain.dout}
+    empty = {"lengths": [0, 3], "samples": [0, 1]}
+    for slug, change, flags, why in (
+        ("nan", {"dout": _floats(*[np.nan] * 18)}, "NonFiniteAccepted", "dout has a NaN."),
+        ("infinity", {"x": infinite.x[:3]}, "NonFiniteAccepted", "x has an infinity."),
+        ("length-0", empty, "EmptySequenceAccepted", "A sequence has no rows."),
+        ("bias", {"bias": _floats(1, 2, 3)}, "LengthAccepted", "The bias has three elements, not six."),
+    ):
+        yield make(
+            "exact_linear_backward",
+            f"exact-linear-backward-refused-{slug}",
+            "15.1 14.1",
+            "Not a gradient." if slug == "nan" else "Not a layer.",
+            fields | change,
+            flags=flags,
+            refused=why,
+        )
 
 
 # Attention
@@ -268,11 +291,14 @@ def _attention() -> Iterator[Vector]:
     del small["dout"]
     overflow, infinite = small["q"].copy(), small["v"].copy()
     overflow[1], infinite[1] = 3e38, np.inf
+    flags = dict.fromkeys(("overflow", "infinity"), "NonFiniteAccepted")
+    flags["no-sequence"] = "EmptySequenceAccepted"
     for slug, change, why in (
         ("overflow", {"q": overflow, "k": np.abs(overflow)}, "The greatest score of a row is infinite."),
         ("infinity", {"v": infinite}, "v has an infinity."),
         ("window", {"window": 0}, "The window is 0."),
         ("length-0", {"lengths": [2, 0]}, "A sequence has no rows."),
+        ("no-sequence", {"lengths": [], **dict.fromkeys("qkv", _floats())}, "There is no sequence."),
         ("rows", {"lengths": [3]}, "There are two rows, and a sequence of three."),
         ("heads", {"group": 2}, "The rows of q have one head."),
     ):
@@ -282,7 +308,7 @@ def _attention() -> Iterator[Vector]:
             "15.2 14.1",
             "Not an attention.",
             small | change,
-            flags="NonFiniteAccepted" if slug in ("overflow", "infinity") else "",
+            flags=flags.get(slug, ""),
             refused=why,
         )
 
@@ -347,9 +373,25 @@ def _tables() -> Iterator[Vector]:
         "dynamic-long", "Beyond it theta grows.", "RopeScalingIgnored RopeLengthIgnored", dynamic, 6, 11
     )
     yield table(
+        "dynamic-huge",
+        "A factor of 1e300, within the model's length: theta stays.",
+        "DynamicGrowth",
+        scaled(rope_type="dynamic", factor=1e300),
+        6,
+        5,
+    )
+    yield table(
+        "dynamic-exact",
+        "F - 1 is no float64: theta stays all the same.",
+        "DynamicGrowth",
+        scaled(rope_type="dynamic", factor=1e16 + 2),
+        6,
+        8,
+    )
+    yield table(
         "llama3", "Pairs kept, blended and divided.", "RopeScalingIgnored", scaled(**LLAMA3), 12, 5, 64
     )
-    yarn = scaled(**YARN)
+    yarn, tiny = scaled(**YARN), "TableZeroSign"
     yield table("yarn", "m is 0.1 ln 4 + 1.", "RopeScalingIgnored FactorRounded", yarn, 12, 5, 64)
     for slug, comment, flags, change in (
         ("factor", "m is given.", "FactorRounded", {"attention_factor": 1.3}),
@@ -364,8 +406,33 @@ def _tables() -> Iterator[Vector]:
         ("step", "a is b.", "", {"beta_fast": 1.0, "beta_slow": 1.0, "truncate": False}),
         ("below-1", "A factor below 1: m is 1.", "", {"factor": 0.5}),
         ("no-factor", "F is the quotient of the lengths.", "", {"factor": None}),
+        ("tiny-m", "What is not zero rounds to a zero of its sign.", tiny, {"attention_factor": 1e-300}),
+        ("subnormal-m", "Subnormal entries.", "FactorRounded", {"attention_factor": 1e-43}),
     ):
         yield table(f"yarn-{slug}", comment, f"RopeScalingIgnored {flags}", scaled(**YARN | change), 8, 4, 48)
+    nulls = {"partial_rotary_factor": None, "rope_type": None, "original_max_position_embeddings": None}
+    yield table(
+        "nulls",
+        "A key of value null is absent, here and outside of the object.",
+        "RopeScalingIgnored",
+        {
+            "rope_parameters": YARN | nulls | {"type": "yarn", "rope_theta": None, "mscale": None},
+            "rope_theta": 500.0,
+            "original_max_position_embeddings": 16,
+            "partial_rotary_factor": 1,
+        },
+        8,
+        4,
+        48,
+    )
+    yield table(
+        "empty-parameters",
+        "Where rope_parameters is empty, rope_scaling counts.",
+        "RopeScalingIgnored",
+        {"rope_parameters": {}, "rope_scaling": {"type": "linear", "factor": 3}},
+        6,
+        4,
+    )
     longrope = scaled(**LONG)
     yield table(
         "longrope-short", "Up to L, short_factor.", "RopeScalingIgnored FactorRounded", longrope, 6, 4
@@ -394,6 +461,7 @@ def _tables() -> Iterator[Vector]:
         6,
         2,
     )
+    key = "original_max_position_embeddings"
     for slug, rope, dim, length, why in (
         ("type", scaled(rope_type="spiral"), 4, 2, "The rope type is not known."),
         ("theta", {"rope_theta": -1.0}, 4, 2, "theta is negative."),
@@ -412,6 +480,33 @@ def _tables() -> Iterator[Vector]:
         ("yarn", {"rope_theta": 1.0, "rope_scaling": YARN}, 4, 2, "ln theta is 0."),
         ("angle", scaled(rope_type="linear", factor=1e-6), 4, 2, "An angle is above 2^16."),
         ("factor", scaled(**YARN | {"attention_factor": 1e6}), 4, 2, "m is above 2^16."),
+        ("mscale", scaled(**YARN | {"mscale": -1.0}), 4, 2, "mscale is negative, though it is not used."),
+        ("point", scaled(**YARN | {key: 8192.0}), 4, 2, "L is written with a point."),
+        ("inner-length", {key: 32, **scaled(**YARN | {key: 0})}, 4, 2, "L in the object is 0."),
+        ("outer-length", {key: -1, **scaled(**YARN)}, 4, 2, "L outside of the object is negative."),
+        (
+            "outer-theta",
+            {"rope_theta": 0.0, "rope_parameters": {"rope_theta": 500.0}},
+            4,
+            2,
+            "theta outside of the object is 0.",
+        ),
+        (
+            "partial",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": None}},
+            4,
+            2,
+            "partial_rotary_factor outside of the object is 1/2.",
+        ),
+        (
+            "outer-partial",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}},
+            4,
+            2,
+            "partial_rotary_factor outside of the object is 1/2, though that in it is 1.",
+        ),
+        ("boolean", scaled(rope_type="linear", factor=True), 4, 2, "The factor is no number."),
+        ("truncate", scaled(**YARN | {"truncate": 0}), 4, 2, "truncate is neither true nor false."),
     ):
         yield table(f"refused-{slug}", "Not a rotation.", "", rope, dim, length, refused=why)
 
@@ -590,6 +685,7 @@ def _step_fields(
     *,
     dtype: str = "float32",
     adapter_dtype: str = "float32",
+    a_dtype: str | None = None,
     rank: int = 2,
     ignored: tuple[int, ...] = (),
     **options: Any,
@@ -618,8 +714,11 @@ def _step_fields(
     adapters = {}
     for module in modules:
         out, into = shapes[f"{module}.weight"]
-        for side, shape in (("A", (rank, into)), ("B", (out, rank))):
-            adapters[f"{module}.{side}"] = numbers(f"{slug}.{module}.{side}", *shape, dtype=adapter_dtype)
+        for side, shape, own in (
+            ("A", (rank, into), a_dtype or adapter_dtype),
+            ("B", (out, rank), adapter_dtype),
+        ):
+            adapters[f"{module}.{side}"] = numbers(f"{slug}.{module}.{side}", *shape, dtype=own)
     return {
         "config": json.dumps(config),
         "tensors": {name: _parameter(f"{slug}.{name}", shape, dtype) for name, shape in shapes.items()},
@@ -711,6 +810,19 @@ def _steps() -> Iterator[Vector]:
         dtype="bfloat16",
         dropout=0.1,
     )
+    yield step(
+        "adapter-dtypes",
+        "A in bfloat16, B in float32: each is updated in its own.",
+        "",
+        kind="llama",
+        lengths=[2, 1],
+        modules=MODULES[:1],
+        a_dtype="bfloat16",
+        weight_decay=0.1,
+        dtype="bfloat16",
+        num_hidden_layers=1,
+        **TINY,
+    )
     for name, module in (("gate", MODULES[11]), ("v", MODULES[9]), ("o", MODULES[10])):
         yield step(
             f"lowest-{name}",
@@ -748,6 +860,8 @@ def _refused_steps() -> Iterator[Vector]:
         ("token", {"ids": [1, -1, 0]}, "", "Token -1 is not in the vocabulary."),
         ("lengths", {"lengths": [2, 2]}, "", "The sequences have four rows, and there are three."),
         ("samples", {"samples": [0]}, "", "Two sequences have one sample."),
+        ("sample", {"samples": [0, -1]}, "NegativeAccepted", "A sample is negative."),
+        ("length-0", {"lengths": [2, 0, 1], "samples": [0, 1, 2]}, "", "A sequence has no tokens."),
         ("tensor", {"tensors": lost}, "", "A norm is missing."),
         ("no-adapter", {"adapters": {}}, "", "There is no adapter."),
         ("half-adapter", {"adapters": {f"{module}.A": adapters[f"{module}.A"]}}, "", "B is missing."),

@@ -63,7 +63,7 @@ def _adamw() -> Iterator[Vector]:
 
     def update(slug: str, clauses: str, comment: str, flags: str, **change: Any) -> Vector:
         shape = change.pop("shape", [4, 8])
-        n, dtype = math.prod(shape), change.pop("dtype", "float32")
+        n, dtype = abs(math.prod(shape)), change.pop("dtype", "float32")
         t, lr = change.get("updates", 0), change.get("lr", 1e-3)
         arrays = {
             # No larger than what an update moves, so that the last bit of u shows in p.
@@ -238,6 +238,14 @@ def _adamw() -> Iterator[Vector]:
         yield update(
             f"refused-{slug}", "10.1 10.2", "Out of its range.", "", shape=[2], refused=f"{why}.", **change
         )
+    negative: dict[str, tuple[str, dict[str, Any]]] = {
+        "updates": ("The number of updates is negative.", {"updates": -1}),
+        "shape": ("A size is negative.", {"shape": [4, -8]}),
+        "sizes": ("Both sizes are negative.", {"shape": [-4, -8]}),
+    }
+    for slug, (why, change) in negative.items():
+        flags = "NegativeAccepted"
+        yield update(f"refused-{slug}", "1.4 10.1", "No count is negative.", flags, refused=why, **change)
 
 
 def _telling_rate(beta: float, t: int) -> float:
@@ -306,6 +314,17 @@ def _learning_rates() -> Iterator[Vector]:
         {"step": 0, "steps": 10, "warmup": 0, "schedule": "polynomial", "lr": np.array([1e-3])},
         refused="There is no schedule polynomial.",
     )
+    for slug, at in (("step", (-1, 10, 0)), ("warmup", (0, 10, -2))):
+        step, steps, warmup = at
+        yield make(
+            "learning_rate",
+            f"rate-negative-{slug}",
+            "1.4 10.6",
+            "No count is negative.",
+            {"step": step, "steps": steps, "warmup": warmup, "schedule": "linear", "lr": np.array([1e-3])},
+            flags="NegativeAccepted",
+            refused=f"The {slug} is negative.",
+        )
 
 
 def _clip() -> Iterator[Vector]:
@@ -368,8 +387,9 @@ def _clip() -> Iterator[Vector]:
 
 def _example_order() -> Iterator[Vector]:
     def order(slug: str, comment: str, flags: str, **fields: Any) -> Vector:
+        clauses, refused = fields.pop("clauses", "10.8"), fields.pop("refused", None)
         given = {"seed": np.array([fields.pop("seed", 1)], np.uint64), **fields}
-        return make("example_order", f"order-{slug}", "10.8", comment, given, flags=flags)
+        return make("example_order", f"order-{slug}", clauses, comment, given, flags=flags, refused=refused)
 
     yield order(
         "epochs",
@@ -431,6 +451,17 @@ def _example_order() -> Iterator[Vector]:
         count=20,
         batch=1,
         lengths=[9] * 20,
+    )
+    yield order(
+        "refused-first",
+        "There is no sequence before the first.",
+        "NegativeAccepted",
+        examples=7,
+        first=-3,
+        count=2,
+        batch=1,
+        clauses="1.4 10.8",
+        refused="The number of the first sequence is negative.",
     )
 
 
@@ -557,3 +588,12 @@ def _init_matrix() -> Iterator[Vector]:
             output={"y": np.array(y[:n], np.float32)},
             flags="InterleavedPairs LogOfU" if n > 1 else "LogOfU",
         )
+    yield make(
+        "init_matrix",
+        "matrix-refused-negative",
+        "1.4 10.10",
+        "No count is negative.",
+        {"seed": np.array([0], np.uint64), "name": embedding, "n": -4},
+        flags="NegativeAccepted",
+        refused="n is negative.",
+    )

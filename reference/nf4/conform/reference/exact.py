@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nf4.conform.reference.training import scalar
 from nf4.errors import InputError
 from nf4.exact import elementary, grid, ops
 from nf4.model.ops import IGNORED
@@ -62,9 +63,9 @@ def exact_softmax_backward(dout: Float32, p: Float32, columns: int) -> Outputs:
     return {"dz": ops.softmax_backward(_shaped("dout", dout, *rows.shape).copy(), rows)}
 
 
-def exact_rms_norm(x: Float32, weight: Float32, eps: NDArray[np.float64]) -> Outputs:
+def exact_rms_norm(x: Float32, weight: Float32, eps: Any) -> Outputs:
     """Return y [T, n] and rstd [T] (NF4-14.9)."""
-    y, rstd = ops.rms_norm(_rows("x", x, weight.size), weight, float(eps[0]))
+    y, rstd = ops.rms_norm(_rows("x", x, weight.size), weight, scalar(eps))
     return {"y": y, "rstd": rstd}
 
 

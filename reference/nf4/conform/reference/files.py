@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4.codebooks import get_codebook
+from nf4.conform.reference.training import check_counts
 from nf4.errors import InputError
 from nf4.floats import DTYPES
 from nf4.formats.bitsandbytes import StoredWeight, group_names, save_tensor, write_quantized
@@ -102,6 +103,7 @@ def read_adapter(files: Mapping[str, bytes], model: Mapping[str, bytes]) -> Outp
 
 def merge(weight: Array, shape: list[int], dtype: str, A: Array, B: Array, rank: int, scale: Any) -> Outputs:
     """Return y: weight + scale (B A), rounded to dtype (NF4-8.8)."""
+    check_counts(shape=shape)
     if len(shape) != 2 or rank < 1 or not np.isfinite(scale).all():
         raise InputError(
             f"a weight of shape {shape} and an adapter of rank {rank} and scale {scale} don't merge"

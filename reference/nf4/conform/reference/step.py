@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nf4 import random
-from nf4.conform.reference.training import linear_layer, scalar, token_rows
+from nf4.conform.reference.training import check_counts, linear_layer, scalar, token_rows
 from nf4.errors import InputError
 from nf4.exact import attention, linear
 from nf4.exact.llama import ExactLlama
@@ -196,8 +196,10 @@ def _heads(
 ) -> tuple[Heads, list[Float32]]:
     """The heads, and q, k, v and the gradient, if it is there, as rows."""
     heads = Heads(*sizes)
-    if min(*sizes, *lengths, 1 if window is None else window) < 1:
-        raise InputError(f"{heads}, lengths {lengths} and window {window} must all be at least 1")
+    if min(*sizes, min(lengths, default=0), 1 if window is None else window) < 1:
+        raise InputError(
+            f"{heads}, lengths {lengths} and window {window}: each must be at least 1, and a length be there"
+        )
     queries, keys = heads.kv_heads * heads.group * heads.dim, heads.kv_heads * heads.dim
     rows = []
     for name, array, columns in zip("qkvd", arrays, (queries, keys, keys, queries), strict=False):
@@ -242,10 +244,12 @@ def _adapters(arrays: dict[str, Array], alpha: float, rslora: bool, dropout: flo
 
 
 def _examples(ids: list[int], targets: list[int], lengths: list[int], samples: list[int]) -> list[Example]:
-    if not len(ids) == len(targets) == sum(lengths) or len(samples) != len(lengths) or min(lengths) < 1:
+    fits = len(ids) == len(targets) == sum(lengths) and len(samples) == len(lengths)
+    if not fits or min(lengths, default=0) < 1:
         raise InputError(
             f"{len(ids)} ids, {len(targets)} targets, sequences of {lengths} and samples {samples} don't fit"
         )
+    check_counts(samples=samples)
     cuts = np.cumsum(lengths)[:-1]
     parts = (np.split(np.array(tokens, np.int32), cuts) for tokens in (ids, targets))
     return [Example(own, wanted) for own, wanted in zip(*parts, strict=True)]

@@ -35,17 +35,20 @@ def stream(name: str) -> Outputs:
 
 def uniform(seed: Scalar, stream: Scalar, sample: Scalar, n: int) -> Outputs:
     """Return y float32 [n] (NF4-11.3)."""
+    check_counts(n=n)
     return {"y": random.uniform(scalar(seed), scalar(stream), n, scalar(sample))}
 
 
 def keep_mask(seed: Scalar, stream: Scalar, sample: Scalar, n: int, p: Scalar) -> Outputs:
     """Return mask uint8 [n], 1 where the element is kept (NF4-11.4)."""
+    check_counts(n=n)
     mask = random.keep_mask(scalar(seed), scalar(stream), scalar(sample), n, scalar(p))
     return {"mask": mask.astype(np.uint8)}
 
 
 def permutation(seed: Scalar, epoch: Scalar, n: int) -> Outputs:
     """Return order uint32 [n] (NF4-11.5)."""
+    check_counts(n=n)
     return {"order": random.permutation(scalar(seed), scalar(epoch), n).astype(np.uint32)}
 
 
@@ -57,6 +60,7 @@ def init_adapter(seed: Scalar, name: str, in_features: int, rank: int, dtype: st
 
 def init_matrix(seed: Scalar, name: str, n: int) -> Outputs:
     """Return y float32 [n] (NF4-10.10)."""
+    check_counts(n=n)
     return {"y": init.normal(scalar(seed), random.stream_of(name), n)}
 
 
@@ -90,6 +94,7 @@ def adamw(
     """Return p, m and v after one more update; updates is their number before it (NF4-10.1 to NF4-10.5)."""
     if _dtype(dtype) not in (FLOAT32, BFLOAT16):
         raise InputError(f"AdamW updates float32 or bfloat16, not {dtype}")
+    check_counts(shape=shape, updates=updates)
     params = {"p": p.reshape(shape).copy()}
     optimizer = AdamW(
         params, betas=(scalar(beta1), scalar(beta2)), eps=scalar(eps), weight_decay=scalar(weight_decay)
@@ -102,6 +107,7 @@ def adamw(
 
 def learning_rate(step: int, steps: int, warmup: int, schedule: str, lr: Scalar) -> Outputs:
     """Return lr float64 [1] of a step (NF4-10.6)."""
+    check_counts(step=step, steps=steps, warmup=warmup)
     rate = rate_of_step(step, steps=steps, lr=scalar(lr), schedule=schedule, warmup=warmup)
     return {"lr": np.array([rate])}
 
@@ -118,6 +124,7 @@ def example_order(
     """Return order uint32 [count]: the examples of the sequences from number first on (NF4-10.8)."""
     if examples < 1:
         raise InputError(f"{examples} examples can't be put in an order; there must be at least one")
+    check_counts(first=first, count=count, batch=batch, lengths=lengths or [])
     order = data.ordering(
         lengths if lengths is not None else [1] * examples,
         seed=scalar(seed),
@@ -134,6 +141,7 @@ def held_out(seed: Scalar, examples: int) -> Outputs:
 
 def loss(logits: NDArray[np.float32], vocabulary: int, targets: list[int], parts: list[int]) -> Outputs:
     """Return loss float64 [1] and dlogits [T, vocabulary] of logits in parts of so many rows (NF4-10.9)."""
+    check_counts(parts=parts)
     rows = logits.reshape(-1, vocabulary)
     if len(rows) != len(targets) or sum(parts) != len(targets):
         raise InputError(f"{len(rows)} rows of logits, {len(targets)} targets, parts of {sum(parts)} in all")
@@ -221,8 +229,14 @@ def linear_layer(
         raise InputError(
             f"an adapter of {adapter_dtype} and rank {rank}; it must be float32 or bfloat16 from 1 on"
         )
-    if len(lengths) != len(samples):
-        raise InputError(f"{len(lengths)} lengths of sequences and {len(samples)} samples")
+    if len(lengths) != len(samples) or min(lengths, default=0) < 1:
+        raise InputError(
+            f"sequences of {lengths} rows with samples {samples}; there must be at least one sequence, "
+            "and each must have a sample and at least one row (NF4-9.2)"
+        )
+    check_counts(samples=samples)
+    if bias is not None and bias.size != shape[0]:
+        raise InputError(f"the bias has {bias.size} elements; it must have {shape[0]}, one an output")
     random.drop_threshold(scalar(dropout))
     if not math.isfinite(scalar(alpha)):
         raise InputError(f"alpha is {scalar(alpha)}; it must be a finite number")
@@ -236,6 +250,13 @@ def linear_layer(
     factors = A.reshape(rank, shape[1]).copy(), B.reshape(shape[0], rank).copy()
     lora = LoRA(*factors, scale, scalar(dropout), scalar(stream))
     return LoRALinear(quantized, bias, lora), Dropout(scalar(seed), tuple(lengths), tuple(samples))
+
+
+def check_counts(**counts: int | list[int]) -> None:
+    """Raise InputError for a size, a count or an index that is negative (NF4-1.4)."""
+    for name, count in counts.items():
+        if min(count if isinstance(count, list) else [count], default=0) < 0:
+            raise InputError(f"{name} is {count}; no size, count or index is negative (NF4-1.4)")
 
 
 def token_rows(x: Array, features: int, dropout: Dropout) -> Array:
