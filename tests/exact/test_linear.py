@@ -1,6 +1,6 @@
 """The exact linear layer: near float64, sequence by sequence, several layers on one input, refusals."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -36,14 +36,13 @@ def layer(
     return LoRALinear(weight, numbers(f"bias{name}", out).astype(dtype) if bias else None, lora)
 
 
-def wide(narrow: LoRALinear) -> LoRALinear:
+def wide(narrow: LoRALinear, of: Callable[[Array], Array] = np.asarray) -> LoRALinear:
+    """The layer in float64, its numbers as they are or of each what `of` makes of it."""
     lora = narrow.lora
-    return LoRALinear(
-        Workspace().weight(narrow.weight, np.dtype(np.float32)).astype(np.float64),
-        None if narrow.bias is None else narrow.bias.astype(np.float64),
-        lora
-        and LoRA(lora.A.astype(np.float64), lora.B.astype(np.float64), lora.scale, lora.dropout, lora.stream),
-    )
+    weight = Workspace().weight(narrow.weight, np.dtype(np.float32))
+    numbers = (weight, narrow.bias, *(() if lora is None else (lora.A, lora.B)))
+    w, bias, *factors = (None if x is None else of(x.astype(np.float64)) for x in numbers)
+    return LoRALinear(w, bias, lora and LoRA(*factors, lora.scale, lora.dropout, lora.stream))  # type: ignore[arg-type]
 
 
 def forward(module: LoRALinear, x: Float32, dropout: Dropout | None) -> tuple[Float32, linear.LinearCache]:
@@ -76,8 +75,10 @@ def backward(
     return dx, found
 
 
-def near(found: Array, true: Array, bound: float = 2.0**-18) -> bool:
-    return bool(np.abs(found - true).max(initial=0) <= bound * np.abs(true).max(initial=0))
+def near(found: Array, true: Array, bound: float, terms: Array | None = None) -> bool:
+    """Whether found is within a bound relative to the largest of true, or of the sums of its terms' sizes."""
+    largest = np.abs(true if terms is None else terms).max(initial=0)
+    return bool(np.abs(found - true).max(initial=0) <= bound * largest)
 
 
 @few
@@ -100,15 +101,18 @@ def test_forward_and_backward_are_near_float64(
     # The terms are as large as sum |x| |w|; what is left of them may be small.
     assert near(y, true, 2.0**-18 * max(1.0, np.abs(x).max() * into / np.abs(true).max()))
     dx, (found,) = backward([module], [dout], [cache], x, drop, drop.lengths)
-    true_dx, true_a, true_b = wide(module).backward(dout.astype(np.float64), true_cache)
+    true_dx, *true_gradients = wide(module).backward(dout.astype(np.float64), true_cache)
+    sizes = wide(module, np.abs)
+    _, sizes_cache = sizes.forward(np.abs(x.astype(np.float64)), drop)
+    of_dx, *of_gradients = sizes.backward(np.abs(dout.astype(np.float64)), sizes_cache)
     assert dx is not None
-    assert near(dx, true_dx, 2.0**-15)  # type: ignore[arg-type]
+    assert near(dx, true_dx, 2.0**-16, of_dx)  # type: ignore[arg-type]
     if found is None:
-        assert true_a is true_b is None
+        assert true_gradients == [None, None]
         return
-    for mine, theirs in zip(found, (true_a, true_b), strict=True):
+    for mine, theirs, terms in zip(found, true_gradients, of_gradients, strict=True):
         assert len(mine) == len(lengths)
-        assert near(mine.astype(np.float64).sum(0), theirs, 2.0**-15)  # type: ignore[arg-type]
+        assert near(mine.astype(np.float64).sum(0), theirs, 2.0**-16, terms)  # type: ignore[arg-type]
 
 
 def test_a_sequence_alone_has_the_same_bits() -> None:
