@@ -133,6 +133,9 @@ def test_sizes_that_generation_does_not_take() -> None:
     assert why_not(config_of("8B"), 99 << 10) is None
     assert "multiples of 32" in (why_not(tiny_config(intermediate_size=72), 227 << 10) or "")
     assert "shared memory" in (why_not(tiny_config(intermediate_size=1 << 17), 227 << 10) or "")
+    for queries, reason in ((32, "32 query heads of 64 a key head are too many"), (16, None)):
+        heads = {"num_attention_heads": queries, "num_key_value_heads": 1, "head_dim": 64}
+        assert why_not(tiny_config(**heads), 227 << 10) == reason
 
 
 def test_passes_are_padded_to_few_sizes() -> None:

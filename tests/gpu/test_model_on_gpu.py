@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import nf4
 import numpy as np
 import pytest
 from conftest import device_of
@@ -352,6 +353,19 @@ def test_generation_with_weights_of_many_rows(request: pytest.FixtureRequest) ->
         check_generation(device, build(hidden_size=64, intermediate_size=16384), memory)
 
 
+def test_generation_with_weights_of_two_kinds(device: Any) -> None:
+    """The adapters' part is made where rows wait for it: a launch without such rows may end before it."""
+    model = build(targets=("q_proj", "gate_proj", "down_proj"))
+    for name in ("self_attn.k_proj", "mlp.up_proj", "mlp.down_proj"):
+        weight = f"model.layers.1.{name}.weight"
+        quantized: Any = model.params[weight]
+        model.params[weight] = nf4.dequantize(quantized)
+    check_generation(device, model, None)
+    launches = run.decoder(model, 20, 40, device)._launches[1]
+    narrow = {key: [launch.narrow for launch in found] for key, found in launches.items()}
+    assert narrow == {"qkv": [4, 0], "o": [0], "gate_up": [4, 0], "down": [4]}
+
+
 def check_generation(device: Any, model: Llama, memory: int | None) -> None:
     vocabulary = model.config.vocab_size
     with shared_memory(device, memory):
@@ -391,6 +405,9 @@ def test_generation_refuses_what_is_too_long_or_foreign(device: Any) -> None:
         decoder.logits(np.array([61]))
     with pytest.raises(InputError, match="no tokens"):
         list(generate(decoder, [], 3))
+    assert len(list(generate(decoder, [1, 2, 3], 6))) == 6  # the last one is given to nobody
+    with pytest.raises(InputError, match="7 tokens after 3 are more than the 8 positions"):
+        list(generate(decoder, [1, 2, 3], 7))
     cache = decoder.new_cache()
     decoder.logits(np.arange(6), cache)
     for _ in range(2):

@@ -28,8 +28,9 @@ _SPAN = {_CODES: 256, _BF16: 1024}  # columns that the vector is padded to
 _WARPS, _RESIDENT = 8, 2  # of rows in bfloat16: warps of a thread block, and thread blocks at a time
 _STAGE = 16 * 256 // 2  # bytes of codes on their way to a warp
 _ZEROS = 256  # bytes beside the vector
-_MOST_QUERIES = 2048
-_STATIC = 2048  # bytes of shared memory at most that a kernel has unasked
+_STATIC = 2048  # bytes of shared memory at most that a product has beside what it is given
+_MOST_STATIC = 48 << 10  # that a kernel can have
+_CHUNK = 64  # keys whose scores attention keeps at a time
 _PARTS = 16  # of the positions that attention takes side by side
 _BLOCKS = 128  # of take_likeliest
 _LOG2E = 1.4426950408889634
@@ -129,8 +130,12 @@ class Decoder:
                     rows.setdefault((kind, int(job["values"]), int(job["map"])), []).append(job)
                 ranks = sum(int(part["ranks"]) for part in narrow[first:])
                 at = self._narrow_memory + first * _NARROW.itemsize
-                # Each launch makes z anew: there is but one where all the weights are of one kind.
-                found[key] = [self._add(jobs, kind, part, at, ranks) for (kind, _, _), part in rows.items()]
+                # Each launch makes z anew; there is but one where all the weights are of one kind. One whose
+                # rows don't wait for z makes none: it could set `ready` to 0 before all of z is counted there.
+                found[key] = [
+                    self._add(jobs, kind, part, at, ranks if any(job["b"] for job in part) else 0)
+                    for (kind, _, _), part in rows.items()
+                ]
             self._launches.append(found)
         head = np.zeros((), _ROWS)
         head["from"], head["rows"], head["y"] = network.table.address, config.vocab_size, self._at["logits"]
@@ -224,9 +229,12 @@ class Decoder:
 
     def likeliest(self, ids: list[int], count: int) -> Iterator[int]:
         """Yield the likeliest continuation, token by token; the next is begun before one is given out."""
-        device, cache = self._device, Cache()
+        device, cache, n = self._device, Cache(), len(ids)
+        if n + count - 1 > self.positions:
+            raise InputError(
+                f"{count} tokens after {n} are more than the {self.positions} positions planned for"
+            )
         self.prompt(np.array(ids), cache)
-        n = len(ids)
         if count:
             self._likeliest()
         for i in range(count):
@@ -419,8 +427,10 @@ def why_not(config: LlamaConfig, shared_memory: int) -> str | None:
         config.hidden_size,
     )
     group = config.num_attention_heads // config.num_key_value_heads
-    if hidden % 32 or inner % 32 or width % 32 or group * config.head_dim > _MOST_QUERIES:
-        return f"the widths must be multiples of 32, with at most {_MOST_QUERIES} of queries a key head"
+    if hidden % 32 or inner % 32 or width % 32:
+        return "the widths must be multiples of 32"
+    if 4 * (group * (5 * config.head_dim + _CHUNK + 3) + config.head_dim) >= _MOST_STATIC:  # attend_token's
+        return f"{group} query heads of {config.head_dim} a key head are too many"
     if _cut(max(hidden, inner, width), shared_memory) is None or 2 * round_up(hidden, 1024) > shared_memory:
         return f"the widths are too large for {shared_memory} bytes of shared memory"
     return None
