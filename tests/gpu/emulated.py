@@ -217,8 +217,10 @@ class Emulated:
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         assert self._recording is None
         self._recording = recorded = []
-        run()
-        self._recording = None
+        try:
+            run()
+        finally:
+            self._recording = None
 
         def launch() -> None:
             for stream, operation in recorded:

@@ -23,6 +23,7 @@ from nf4.model.llama import Llama
 from nf4.train.engine import FastEngine, MicroBatch
 from nf4.train.step import train_step
 from nf4_gpu.model.generate import generate
+from nf4_gpu.model.llama import Network
 from nf4_gpu.model.weights import Ahead
 from nf4_gpu.train import run
 from nf4_gpu.train.engine import GpuEngine
@@ -318,6 +319,38 @@ def test_ids_outside_the_vocabulary_are_refused(
         engine.step([([bad], [0])], RATE)
     with pytest.raises(InputError, match="no target token"):
         engine.step([([type(example)(example.ids, np.full(2, -100, np.int32))], [0])], RATE)
+
+
+@pytest.mark.parametrize("kind", [LATE, GPU])
+def test_an_interrupted_step_leaves_nothing_behind(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the midst of a pass, launched and then recorded: the steps after it have the same bits."""
+    found = []
+    for interrupted in (False, True):
+        model = build(num_hidden_layers=4)
+        engine = GpuEngine(
+            model, Settings(3, 20), max_grad_norm=CLIP, weight_decay=DECAY, seed=SEED,
+            device=device_of(kind, request),
+        )  # fmt: skip
+        bits: list[Any] = []
+        for step in range(3):
+            batches = micro_batches(model, LENGTHS, step, count=1)
+            if interrupted and step < 2:  # the third replays
+                with monkeypatch.context() as patched:
+                    patched.setattr(Network, "_attention_backward", interrupt)
+                    with pytest.raises(KeyboardInterrupt):
+                        engine.step(batches, RATE)
+            if step:
+                bits.append(engine.evaluate(examples(LENGTHS, model.config.vocab_size, seed=99)))
+            bits.append(engine.step(batches, RATE))
+        engine.store()
+        found.append((bits, [array.tobytes() for array in engine.optimizer.params.values()]))
+    assert found[0] == found[1]
+
+
+def interrupt(*arguments: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @contextmanager

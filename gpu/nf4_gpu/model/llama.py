@@ -472,9 +472,10 @@ class Network:
     def prompt(self, shape: Pass, length: int, caches: Sequence[tuple[Matrix, Matrix]]) -> Matrix:
         """Launch a pass over one sequence; rotated keys, and values, go to the caches. Returns the last x."""
         self._caches, self._cached = caches, length
-        x = self._forward_all(shape, keep=False)
-        self._caches = None
-        return x
+        try:
+            return self._forward_all(shape, keep=False)
+        finally:
+            self._caches = None
 
     def loss_and_gradients(self, shape: Pass, total: int, scale: int, seed: int) -> None:
         """Launch a pass forward and backward: to the gradients is added that of the losses times a float32.
@@ -482,15 +483,16 @@ class Network:
         total: the address of a float64, to which the sum of the losses is added; scale: that of the float32;
         seed: of the dropout, where the shape says that there is one.
         """
-        self._dropping = None
         if shape.drop and self._dropout:
             self._dropping = Dropped(self.inputs.at("samples"), self.inputs.at("places"), seed)
-        x = self._forward_all(shape, keep=True)
-        self._head(shape, x, total, scale)
-        self._backward_all(shape)
-        for mark in self._reading.values():
-            self._device.wait(mark)
-        self._reading, self._dropping = {}, None
+        try:
+            x = self._forward_all(shape, keep=True)
+            self._head(shape, x, total, scale)
+            self._backward_all(shape)
+            for mark in self._reading.values():
+                self._device.wait(mark)
+        finally:
+            self._reading, self._dropping = {}, None
 
     def _forward_all(self, shape: Pass, keep: bool) -> Matrix:
         depth = len(self.layers)

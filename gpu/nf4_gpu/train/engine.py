@@ -81,6 +81,7 @@ class Inference:
     def total_loss(self, examples: Sequence[Example]) -> float:
         """Return the sum of the losses of all target tokens, without dropout."""
         device, size = self._device, self._settings.batch_size
+        device.synchronize()  # what was interrupted may still go on
         device.fill(self._total, 0, 8)
         for number, first in enumerate(range(0, len(examples), size)):
             part = examples[first : first + size]
@@ -181,6 +182,7 @@ class GpuEngine(Inference):
         powers = self._powers[0] * beta1, self._powers[1] * beta2
         mine, _ = share(micro_batches, self._ranks)
         with _failures():
+            self._device.synchronize()  # what was interrupted may still go on
             self._states.begin(scalars(self.optimizer, powers, rate, 1.0 / targets, self._max_grad_norm))
             for number, (examples, samples) in enumerate(mine):
                 shape = self._send(number, examples, samples, drop=True)
