@@ -27,7 +27,6 @@ _GROUP = {_CODES: 16, _BF16: 32}  # rows that a thread block takes at a time
 _SPAN = {_CODES: 256, _BF16: 1024}  # columns that the vector is padded to
 _WARPS, _RESIDENT = 8, 2  # of rows in bfloat16: warps of a thread block, and thread blocks at a time
 _STAGE = 16 * 256 // 2  # bytes of codes on their way to a warp
-_ZEROS = 256  # bytes beside the vector
 _STATIC = 2048  # bytes of shared memory at most that a product has beside what it is given
 _MOST_STATIC = 48 << 10  # that a kernel can have
 _CHUNK = 64  # keys whose scores attention keeps at a time
@@ -131,7 +130,7 @@ class Decoder:
                 ranks = sum(int(part["ranks"]) for part in narrow[first:])
                 at = self._narrow_memory + first * _NARROW.itemsize
                 # Each launch makes z anew; there is but one where all the weights are of one kind. One whose
-                # rows don't wait for z makes none: it could set `ready` to 0 before all of z is counted there.
+                # rows don't wait for z makes none: it could set `ready` to 0 before all of z is counted.
                 found[key] = [
                     self._add(jobs, kind, part, at, ranks if any(job["b"] for job in part) else 0)
                     for (kind, _, _), part in rows.items()
@@ -446,7 +445,7 @@ def _cut(columns: int, shared_memory: int) -> tuple[int, int, int, int] | None:
     ):  # fmt: skip
         sums = warps * 16 * (warps + 1) * 4
         vector = 2 * round_up(columns, _SPAN[_CODES])
-        need = 256 * table_row + warps * stages * _STAGE + vector + _ZEROS + sums
+        need = 256 * table_row + warps * stages * _STAGE + vector + sums
         if need + _STATIC <= shared_memory:
             return warps, table_row, stages, need
     return None

@@ -120,7 +120,8 @@ __device__ __forceinline__ float dot_eight(const Element* xs, const void* row, i
 
 // y = rows times the vector, plus scale b z of their adapter, plus bias, plus y itself if add; z = A times the vector. The first
 // thread blocks, `narrow_blocks` of them, a warp a row of the adapters [narrow_count], make z, and count its rows in ready [2], 0
-// before and after; the others take the jobs [count], `groups` groups of rows in all, and wait for z at the end of one.
+// before and after; the others take the jobs [count], `groups` groups of rows in all, and wait for z at the end of one that has
+// an adapter: if there are rows of adapters, one job has.
 extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
     multiply_vector(const Rows* jobs, int count, int groups, const Narrow* adapters, int narrow_rows, int narrow_blocks,
                     const float* x, int columns, i64 pitch, const float* weight, float eps, float* z, u32* ready, bool add) {
@@ -170,21 +171,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
   // The tensor cores take 16 rows by 16 columns; which columns is free, as long as the vector is read alike. A lane, number
   // 4 g + q, decodes 32 neighbours of rows g and g + 8, from column 32 q of a span on, then 32 from 128 + 32 q on. Each of
   // the eight 32 of a span has a column of the result to itself: the vector is zero in the others. So a result is of one
-  // absmax, by which it is then multiplied. The warps have every sixteenth span of a group's rows, and each a ring of codes
-  // on their way.
+  // absmax, by which it is then multiplied. A lane has the vector's part for column g if g % 4 is q, the lower columns' of
+  // the first half of a span, the upper ones' of the second: each half is summed up with all eight, of which four mean
+  // something, and a lane loads once what it has. The warps have every sixteenth span of a group's rows, and each a ring of
+  // codes on their way.
   __shared__ Rows own[MOST_JOBS];
   __shared__ float map[256], offsets[MOST_JOBS];
-  u8* zeros = (u8*)(xs + padded);        // 256 bytes
-  float* parts = (float*)(zeros + 256);  // [MOST_GROUPS][GROUP_ROWS][WARPS + 1]
+  float* parts = (float*)(xs + padded);  // [MOST_GROUPS][GROUP_ROWS][WARPS + 1]
   for (int i = threadIdx.x; i < count * (int)(sizeof(Rows) / 4); i += THREADS) ((u32*)own)[i] = ((const u32*)jobs)[i];
-  if (threadIdx.x < 64) ((u32*)zeros)[threadIdx.x] = 0;
   __syncthreads();
   auto job_of = [&](int group) {
     int number = 0;
     while (number + 1 < count && own[number + 1].first <= group) number++;
     return number;
   };
-  int quad = lane % 4, g = lane / 4, spans = padded / SPAN;
+  int quad = lane % 4, g = lane / 4, spans = padded / SPAN, lane_column = g / 4 * 128 + quad * 8;
+  bool has_column = g % 4 == quad;
   bool mapped = own[0].map != nullptr;  // as of all the jobs
   struct Place {
     int group, span;
@@ -279,25 +281,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
           }
         copy_codes();  // where all lanes have read
         if (++slot == STAGES) slot = 0;
-        float sums[2][4] = {};
+        float sums[2][4] = {};  // of the halves
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const u8* v_at = g == half * 4 + quad ? (const u8*)(xs + span * SPAN + half * 128) + quad * 16 : zeros;
+        for (int part = 0; part < 4; part++) {
+          uint4 v = make_uint4(0, 0, 0, 0);
+          if (has_column) v = *(const uint4*)(xs + span * SPAN + part * 32 + lane_column);
 #pragma unroll
-          for (int part = 0; part < 4; part++) {
-            uint4 v = *(const uint4*)(v_at + part * 64);
+          for (int k = 0; k < 2; k++)
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
+            for (int half = 0; half < 2; half++) {
               u32 a[4];
 #pragma unroll
               for (int i = 0; i < 4; i++) a[i] = look_up(words[i % 2][half][part], k * 2 + i / 2);
-              multiply_add(sums[k], a, k ? v.z : v.x, k ? v.w : v.y);
+              multiply_add(sums[half], a, k ? v.z : v.x, k ? v.w : v.y);
             }
-          }
         }
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          total[i] += (sums[0][i * 2] + sums[1][i * 2]) * scale[i][0] + (sums[0][i * 2 + 1] + sums[1][i * 2 + 1]) * scale[i][HALVES];
+          total[i] += (quad < 2 ? sums[0][i * 2] : sums[1][i * 2]) * scale[i][0] +
+                      (quad < 2 ? sums[0][i * 2 + 1] : sums[1][i * 2 + 1]) * scale[i][HALVES];
       }
 #pragma unroll
       for (int i = 0; i < 2; i++) {
