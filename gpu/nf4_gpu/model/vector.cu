@@ -217,16 +217,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
   u32 codes[2][1 + HALVES];
   auto load_scales = [&] {
     const Rows& job = own[job_of(min(to_scale.group, groups - 1))];
+    const void* absmax = job.absmax;
+    const float* nested_absmax = job.nested_absmax;
+    int block_shift = job.block_shift, nested_shift = job.nested_shift, row0 = (to_scale.group - job.first) * GROUP_ROWS + g;
+    int left = to_scale.group < groups ? job.rows - row0 : 0;
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
       for (int half = 0; half <= HALVES; half++) {
-        int c = to_scale.span * SPAN + quad * 64 + half * 32, row = (to_scale.group - job.first) * GROUP_ROWS + g + i * 8;
+        int c = to_scale.span * SPAN + quad * 64 + half * 32;
         nested[i][half] = 0.f, codes[i][half] = 0;
-        if (to_scale.group >= groups || c >= columns || row >= job.rows) continue;
-        i64 block = (row * pitch + c) >> job.block_shift;
-        nested[i][half] = mapped ? __ldg(job.nested_absmax + (block >> job.nested_shift)) : __ldg((const float*)job.absmax + block);
-        if (mapped) codes[i][half] = __ldg((const u8*)job.absmax + block);
+        if (i * 8 >= left || c >= columns) continue;
+        i64 block = ((row0 + i * 8) * pitch + c) >> block_shift;
+        nested[i][half] = mapped ? __ldg(nested_absmax + (block >> nested_shift)) : __ldg((const float*)absmax + block);
+        if (mapped) codes[i][half] = __ldg((const u8*)absmax + block);
       }
     advance(to_scale);
   };
