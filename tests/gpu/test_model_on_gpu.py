@@ -386,6 +386,27 @@ def test_generation_with_weights_of_many_rows(request: pytest.FixtureRequest) ->
         check_generation(device, build(hidden_size=64, intermediate_size=16384), memory)
 
 
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_generation_with_columns_of_many_spans(device: Any, block_size: int) -> None:
+    """Every part of a span of 256 columns, spans in part, and more of them than warps."""
+    model = build(
+        hidden_size=288,
+        intermediate_size=1376,
+        num_hidden_layers=1,
+        targets=("down_proj",),
+        block_size=block_size,
+    )
+    ids = np.arange(4)
+    for memory in (None, 184 << 10, 112 << 10, 99 << 10, 64 << 10):  # each cut that there is
+        with shared_memory(device, memory):
+            decoder = run.decoder(model, 3, 4, device)
+            caches = model.new_cache(), decoder.new_cache()
+            for part in (ids[:3], ids[3:]):
+                expected = model.logits(part, caches[0], last=True)
+                found = decoder.logits(part, caches[1], last=True)
+            assert error(found, expected) < 0.02
+
+
 def test_generation_with_weights_of_two_kinds(device: Any) -> None:
     """The adapters' part is made where rows wait for it: a launch without such rows may end before it."""
     model = build(targets=("q_proj", "gate_proj", "down_proj"))
