@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import Result
-from nf4.errors import CheckFailed
+from nf4.errors import CheckFailed, InputError
 from nf4.formats.checkpoint import load_model, open_checkpoint
 from nf4.formats.files import SafetensorsFile
 from nf4.formats.peft import load_adapter
@@ -402,6 +402,45 @@ def test_ctrl_c_waits_for_the_step_and_twice_does_not() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_two_runs_into_one_directory(options: FinetuneOptions) -> None:
+    """The second is refused, begun or gone on with, and the first ends as if it had been alone."""
+
+    class Second(Report):
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def step(self, record: dict[str, Any]) -> None:
+            for options_ in (options, replace(options, resume=True)):
+                with pytest.raises(InputError) as refused:
+                    finetune(options_)
+                self.seen.append(str(refused.value))
+
+    other = Second()
+    finetune(replace(options, steps=2), other)
+    begun, gone_on = (
+        "it holds a run; go on with it by --resume",
+        "another run writes there; wait until it ends",
+    )
+    assert [words.partition(": ")[0] for words in other.seen] == [options.out] * 4
+    assert [begun in words for words in other.seen] == [True, False] * 2
+    assert [gone_on in words for words in other.seen] == [False, True] * 2
+    alone = replace(options, steps=2, out=f"{options.out}-alone")
+    finetune(alone)
+    first, second = (Path(o.out, "adapter_model.safetensors").read_bytes() for o in (options, alone))
+    assert first == second
+    finetune(replace(options, steps=3, resume=True))
+
+
+def test_a_directory_that_another_run_has_taken_meanwhile(options: FinetuneOptions) -> None:
+    class Other(Report):
+        def evaluation(self, step: int, loss: float) -> None:
+            if not Path(options.out).exists():
+                finetune(replace(options, steps=1))
+
+    with pytest.raises(InputError, match="the output directory isn't empty"):
+        finetune(options, Other())
 
 
 def test_runs_in_a_thread_too(options: FinetuneOptions) -> None:

@@ -373,6 +373,33 @@ def check_output_directory(path: str | Path) -> None:
 
 
 @contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Keep a directory for this process, while the block lasts, from others that ask for it so.
+
+    However the process ends, the directory is free then. Where the system or the disk has no such locks,
+    nothing is kept. Raises InputError if another process has it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{directory}: another run writes there; wait until it ends, or name another output"
+            ) from None
+        except OSError:  # a disk without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty directory that becomes `path` when the block ends well, and is removed when it doesn't.
 

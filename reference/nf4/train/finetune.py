@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +20,7 @@ from nf4.codebooks import CODEBOOKS
 from nf4.errors import CheckFailed, InputError
 from nf4.formats import peft
 from nf4.formats.checkpoint import AS_STORED, Checkpoint, QuantizeOptions, load_model, open_checkpoint
-from nf4.formats.files import SafetensorsWriter, TensorSpec, check_output_directory
+from nf4.formats.files import SafetensorsWriter, TensorSpec, check_output_directory, only_writer
 from nf4.formats.tokenizer import Tokenizer
 from nf4.lora import LoRA, init_lora
 from nf4.model.config import LlamaConfig
@@ -417,8 +417,13 @@ class _Loop:
         self.progress = snapshot.Progress()
         self.saved_step = 0
         self.log: TrainingLog | None = None
+        self._kept, self._is_kept = ExitStack(), False
 
     def run(self) -> FinetuneResult:
+        with self._kept:
+            return self._run()
+
+    def _run(self) -> FinetuneResult:
         if self.ranks.first(self._clean_up):
             self._resume()
         else:
@@ -452,6 +457,8 @@ class _Loop:
 
     def _clean_up(self) -> bool:
         """Remove what a save that was killed left; return whether there is a checkpoint."""
+        if self.out.is_dir():
+            self._keep()
         for folder in (self.out, self.out / BEST):
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink()
@@ -510,6 +517,14 @@ class _Loop:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{self.out}: can't be made ({error.strerror})") from None
+        self._keep()
+        check_output_directory(self.out)  # another run may have come and gone since it was looked at
+
+    def _keep(self) -> None:
+        """Keep other runs out of the directory until this one ends."""
+        if not self._is_kept:
+            self._kept.enter_context(only_writer(self.out))
+            self._is_kept = True
 
     def _resume(self) -> None:
         optimizer = self.engine.optimizer
