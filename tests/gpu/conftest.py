@@ -1,12 +1,12 @@
 """Fixtures of the GPU's tests: they skip where there is no GPU, unless NF4_REQUIRE_GPU=1 demands one."""
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from devices import device_of, without
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "exact"))  # its step on a real model
 
@@ -54,21 +54,3 @@ def torch(gpu: None) -> Any:
 def device(request: pytest.FixtureRequest) -> Any:
     """A device for the kernels of models: the emulated one, and then the GPU."""
     return device_of(request.param, request)
-
-
-def device_of(kind: str, request: pytest.FixtureRequest) -> Any:
-    """Return a device; skip without the compiler that emulation needs, or without a GPU."""
-    import devices
-
-    if kind == devices.GPU:
-        request.getfixturevalue("gpu")
-    elif shutil.which("g++") is None:
-        pytest.skip("there is no g++, which compiles the kernels for the processor")
-    return devices.make(kind)
-
-
-def without(reason: str, at_least: int = 1) -> None:
-    """Skip, or fail where NF4_REQUIRE_GPU is at least that."""
-    if int(os.environ.get("NF4_REQUIRE_GPU") or 0) >= at_least:
-        pytest.fail(f"NF4_REQUIRE_GPU={os.environ['NF4_REQUIRE_GPU']}, and {reason}")
-    pytest.skip(reason)

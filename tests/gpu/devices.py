@@ -1,8 +1,11 @@
 """The devices that a model's tests run on, the emulated one and the GPU; memory to and from them."""
 
+import os
+import shutil
 from typing import Any
 
 import numpy as np
+import pytest
 from emulated import Emulated
 from nf4_gpu.matrix import Matrix
 from numpy.typing import NDArray
@@ -17,6 +20,22 @@ def make(kind: str) -> Any:
     from nf4_gpu.device import Cuda
 
     return Cuda()
+
+
+def device_of(kind: str, request: pytest.FixtureRequest) -> Any:
+    """Return a device; skip without the compiler that emulation needs, or without a GPU."""
+    if kind == GPU:
+        request.getfixturevalue("gpu")
+    elif shutil.which("g++") is None:
+        pytest.skip("there is no g++, which compiles the kernels for the processor")
+    return make(kind)
+
+
+def without(reason: str, at_least: int = 1) -> None:
+    """Skip, or fail where NF4_REQUIRE_GPU is at least that."""
+    if int(os.environ.get("NF4_REQUIRE_GPU") or 0) >= at_least:
+        pytest.fail(f"NF4_REQUIRE_GPU={os.environ['NF4_REQUIRE_GPU']}, and {reason}")
+    pytest.skip(reason)
 
 
 def upload(device: Any, array: NDArray[Any], pitch: int | None = None) -> Matrix:

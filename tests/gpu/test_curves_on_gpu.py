@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import without
+from devices import without
 from nf4 import bundled
 from nf4.formats.checkpoint import load_model, open_checkpoint
 from nf4.model.config import LlamaConfig

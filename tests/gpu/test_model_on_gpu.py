@@ -12,8 +12,7 @@ from typing import Any
 import nf4
 import numpy as np
 import pytest
-from conftest import device_of
-from devices import EMULATED, GPU, LATE, error
+from devices import EMULATED, GPU, LATE, device_of, error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nf4.errors import InputError

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import device_of
-from devices import GPU
+from devices import GPU, device_of
 from nf4.cli import main
 from nf4.errors import InputError
 from nf4.formats.files import SafetensorsFile
