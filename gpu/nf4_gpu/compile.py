@@ -4,17 +4,15 @@ CuPy's own RawModule flushes subnormals whatever it is told, so it is not used: 
 specification's arithmetic (NF4-1.1, NF4-1.2).
 """
 
-import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import cupy
-import numpy as np
 from cupy_backends.cuda.api import driver
 from cupy_backends.cuda.libs import nvrtc
 from nf4.errors import InputError
@@ -89,52 +87,6 @@ def kernel(device: int, source: str, name: str, shared: int = 0, **defines: int)
     if shared > _SHARED_BY_DEFAULT:  # with what is static it may not exceed 48 KB unasked
         driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
     return function
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("sizes", ctypes.c_uint * 6),
-        ("shared", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("attribute_count", ctypes.c_uint),
-    )
-
-
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute."""
-
-    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16))
-
-
-_OVERLAPPING = _Attribute(6, 0, (ctypes.c_int * 16)(1))  # programmatic stream serialization
-
-
-def launch_early(
-    function: Any, grid: tuple[int, ...], block: int, arguments: Sequence[Any], shared: int, stream: int
-) -> None:
-    """Launch a kernel that may begin before the one that precedes it on the stream has ended. From sm_90 on.
-
-    arguments: integers, booleans and NumPy scalars.
-    """
-    values = (ctypes.c_uint64 * len(arguments))()
-    for i, argument in enumerate(arguments):
-        memory = np.asarray(argument)
-        ctypes.memmove(ctypes.addressof(values) + 8 * i, memory.ctypes.data, memory.dtype.itemsize)
-    first = ctypes.addressof(values)
-    pointers = (ctypes.c_void_p * len(arguments))(*range(first, first + 8 * len(arguments), 8))
-    sizes = (ctypes.c_uint * 6)(*grid, *[1] * (3 - len(grid)), block, 1, 1)
-    config = _Config(sizes, shared, stream, ctypes.addressof(_OVERLAPPING), 1)
-    status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None)
-    if status:
-        raise RuntimeError(f"a launch failed with CUDA status {status}")
-
-
-@cache
-def _driver() -> Any:
-    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 @cache

@@ -137,7 +137,6 @@ class Cuda:
         self.capability = capability(self._number)
         self.shared_memory = shared_memory(self._number)
         self._memory: list[Any] = []  # what keeps it allocated
-        self._launched: set[int] = set()  # functions that may be launched early
         self._streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(STREAMS)]
         self._current = MAIN
         self._products = Products()
@@ -209,15 +208,14 @@ class Cuda:
         **defines: int,
     ) -> None:
         """Launch a kernel on the current stream, from sm_90 on before what precedes it has ended."""
-        from nf4_gpu.compile import kernel, launch_early
+        from nf4_gpu.compile import kernel
+        from nf4_gpu.launch import launch_early
 
-        function = kernel(self._number, source, name, shared, **defines)
-        if self.capability < 90 or function.ptr not in self._launched:
-            # What was just loaded has to be on the device before its kernel begins: it waits like any other.
-            self._launched.add(function.ptr)
+        if self.capability < 90:
             self.launch(source, name, grid, block, arguments, shared=shared, **defines)
-        else:
-            launch_early(function, grid, block, arguments, shared, self._streams[self._current].ptr)
+            return
+        function = kernel(self._number, source, name, shared, **defines)
+        launch_early(function, grid, block, arguments, shared, self._streams[self._current].ptr)
 
     def multiply(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import numpy as np
 from cupy.cuda.stream import get_current_stream
 
 from nf4_gpu.compile import kernel
@@ -119,6 +120,26 @@ class Kept:
 
     def __reduce__(self) -> tuple[type["Kept"], tuple[()]]:
         return Kept, ()
+
+
+def launch_early(
+    function: Any, grid: tuple[int, ...], block: int, arguments: Sequence[Any], shared: int, stream: int
+) -> None:
+    """Launch a kernel that may begin before the one that precedes it on the stream has ended. From sm_90 on.
+
+    arguments: integers, booleans and NumPy scalars.
+    """
+    values = (ctypes.c_uint64 * len(arguments))()
+    first = ctypes.addressof(values)
+    for i, argument in enumerate(arguments):
+        memory = np.asarray(argument)
+        ctypes.memmove(first + 8 * i, memory.ctypes.data, memory.dtype.itemsize)
+    pointers = (ctypes.c_void_p * len(arguments))(*range(first, first + 8 * len(arguments), 8))
+    sizes = (*grid, *[1] * (3 - len(grid)))
+    config = _Config(sizes, (block, 1, 1), shared, stream, ctypes.addressof(_OVERLAPPING), 1)
+    status = _library().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None)
+    if status:
+        raise RuntimeError(f"a launch failed with CUDA status {status}")
 
 
 class Launcher:

@@ -180,14 +180,7 @@ class Decoder:
         x = network.prompt(shape, n, self._caches)
         last = network.inputs.at("index")
         self._embed(x, last)
-        self._multiply(
-            self._head,
-            _NORM,
-            "x",
-            self._norm(FINAL_NORM),
-            pitch=self.network.table.pitch,
-            columns=self.network.config.hidden_size,
-        )
+        self._multiply_head()
         cache.length = n
         self._pinned[0] = n - 1
         device.copy(self._at["position"], self._pinned.ctypes.data, 4)
@@ -282,14 +275,7 @@ class Decoder:
             norm = self._norm(f"{prefix}post_attention_layernorm.weight")
             self._group(i, "gate_up", _NORM, "x", norm, config.hidden_size)
             self._group(i, "down", _SWIGLU, "gate_up", (0, 0.0), config.intermediate_size, add=True)
-        self._multiply(
-            self._head,
-            _NORM,
-            "x",
-            self._norm(FINAL_NORM),
-            pitch=self.network.table.pitch,
-            columns=self.network.config.hidden_size,
-        )
+        self._multiply_head()
         if likeliest:
             self._likeliest()
 
@@ -305,6 +291,10 @@ class Decoder:
     ) -> None:
         for launch in self._launches[i][key]:
             self._multiply(launch, prologue, x, norm, columns=columns, add=add)
+
+    def _multiply_head(self) -> None:
+        table, columns = self.network.table, self.network.config.hidden_size
+        self._multiply(self._head, _NORM, "x", self._norm(FINAL_NORM), pitch=table.pitch, columns=columns)
 
     def _multiply(
         self,
