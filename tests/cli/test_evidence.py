@@ -20,6 +20,16 @@ Run = Callable[..., str]
 RunJson = Callable[..., dict[str, Any]]
 
 
+def test_compare_leaves_a_directory_with_something_in_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    result = CliRunner().invoke(
+        main, ["compare", "--block-size", "64", "--tokens", "64", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 2
+    assert f"{tmp_path}: the output directory isn't empty" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_compare_a_model_with_a_text(
     model: Path, prose: Path, run_json: RunJson, run: Run, tmp_path: Path
 ) -> None:
