@@ -20,7 +20,11 @@ Run = Callable[..., str]
 RunJson = Callable[..., dict[str, Any]]
 
 
-def test_compare_leaves_a_directory_with_something_in_it_alone(tmp_path: Path) -> None:
+def test_compare_leaves_a_directory_with_something_in_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And says so before it reads a weight."""
+    monkeypatch.delattr("nf4.cli.compare.weights_of")
     (tmp_path / "mine").write_text("kept")
     result = CliRunner().invoke(
         main, ["compare", "--block-size", "64", "--tokens", "64", "--out", str(tmp_path)]
