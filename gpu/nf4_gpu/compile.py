@@ -36,6 +36,8 @@ OF_ONE_ARCHITECTURE = frozenset(("hopper_many.cu", "model/attention90.cu"))
 """Sources with instructions that no other architecture has: compiled for sm_90a."""
 OLDEST = 75
 _SHARED_BY_DEFAULT = 16 << 10
+_shared: dict[int, int] = {}
+"""By kernel: the bytes of dynamic shared memory that it may have. It is launched with less as well."""
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 
 
@@ -84,8 +86,9 @@ def kernel(device: int, source: str, name: str, shared: int = 0, **defines: int)
     older than sm_75.
     """
     function = _module(device, source, **defines).get_function(name)
-    if shared > _SHARED_BY_DEFAULT:  # with what is static it may not exceed 48 KB unasked
+    if shared > _shared.get(function.ptr, _SHARED_BY_DEFAULT):  # with what is static 48 KB, unasked
         driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+        _shared[function.ptr] = shared
     return function
 
 

@@ -292,12 +292,9 @@ class Cuda:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Capture run into a graph; returns its launch."""
-        stream = self._streams[MAIN]
-        stream.begin_capture()
-        try:
-            run()
-        finally:
-            graph = stream.end_capture()
+        from nf4_gpu.launch import capture
+
+        graph, _ = capture(self._streams[MAIN], run)
 
         def launch() -> None:
             graph.launch(self._streams[self._current])

@@ -2,14 +2,18 @@
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from cupy.cuda.runtime import CUDARuntimeError
 from cupy.cuda.stream import get_current_stream
 
 from nf4_gpu.compile import kernel
+
+Result = TypeVar("Result")
 
 _UINT8, _SWIZZLE_128B, _PROMOTE_128B = 0, 3, 2  # of CUtensorMap
 _BOX_BYTES = 128
@@ -140,6 +144,21 @@ def launch_early(
     status = _library().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function.ptr), pointers, None)
     if status:
         raise RuntimeError(f"a launch failed with CUDA status {status}")
+
+
+def capture(stream: Any, run: Callable[[], Result]) -> tuple[Any, Result]:
+    """Return a graph of what run launches on a stream, and on others that join it, and what run returns.
+
+    What run raises ends the capture.
+    """
+    stream.begin_capture()
+    try:
+        result = run()
+    except BaseException:
+        with suppress(CUDARuntimeError):  # that streams were not joined any more is no news
+            stream.end_capture()
+        raise
+    return stream.end_capture(), result
 
 
 class Launcher:

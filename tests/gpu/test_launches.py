@@ -1,11 +1,14 @@
-"""Launches on a stand-in for the driver, without a GPU."""
+"""Launches and captures on stand-ins for the driver and its streams, without a GPU."""
 
 import ctypes
 from typing import Any
 
+import cupy
 import numpy as np
 import pytest
+from nf4_gpu import compile as kernels
 from nf4_gpu import launch
+from nf4_gpu.launch import capture
 
 
 class Function:
@@ -42,3 +45,63 @@ def test_an_early_launch_gives_the_driver_every_argument(
     }
     assert launch._OVERLAPPING.id == 6
     assert launch._OVERLAPPING.value[0] == 1
+
+
+class Stream:
+    """A stream whose captures end with an error where `left` others were not waited for."""
+
+    ptr = 5
+
+    def __init__(self, left: int = 0) -> None:
+        self.left, self.captures = left, False
+
+    def begin_capture(self) -> None:
+        assert not self.captures
+        self.captures = True
+
+    def end_capture(self) -> str:
+        self.captures = False
+        if self.left:
+            raise cupy.cuda.runtime.CUDARuntimeError(904)  # cudaErrorStreamCaptureUnjoined
+        return "graph"
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_what_is_raised_while_a_stream_captures_comes_out_and_ends_it(left: int) -> None:
+    def run() -> None:
+        raise KeyboardInterrupt
+
+    stream = Stream(left)
+    with pytest.raises(KeyboardInterrupt):
+        capture(stream, run)
+    assert not stream.captures
+
+
+def test_a_capture_gives_its_graph_and_what_was_returned() -> None:
+    assert capture(Stream(), lambda: 3) == ("graph", 3)
+    with pytest.raises(cupy.cuda.runtime.CUDARuntimeError):
+        capture(Stream(1), lambda: 3)
+
+
+def test_a_kernel_may_have_the_most_shared_memory_that_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The attribute is the function's, and two sizes share it: with the smaller the larger would not run."""
+    allowed: dict[int, int] = {}
+
+    class Module:
+        def get_function(self, name: str) -> Any:
+            return Function()
+
+    monkeypatch.setattr(kernels, "_module", lambda *where, **defines: Module())
+    monkeypatch.setattr(kernels.driver, "funcSetAttribute", lambda f, what, size: allowed.update({f: size}))
+    monkeypatch.setattr(kernels, "_shared", {})
+    for shared, expected in (
+        (0, None),
+        (8 << 10, None),
+        (200 << 10, 200),
+        (100 << 10, 200),
+        (210 << 10, 210),
+    ):
+        kernels.kernel(-1, "a source", "a kernel", shared)
+        assert allowed.get(Function.ptr) == (expected and expected << 10)

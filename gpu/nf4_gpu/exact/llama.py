@@ -23,6 +23,7 @@ from nf4_gpu.arrays import constant
 from nf4_gpu.exact import attention, linear, ops
 from nf4_gpu.exact.grid import Space
 from nf4_gpu.exact.head import head
+from nf4_gpu.launch import capture
 from nf4_gpu.tensor import to_device
 
 _known_tables: dict[tuple[int, LlamaConfig, tuple[int, ...]], tuple[cupy.ndarray, cupy.ndarray]] = {}
@@ -92,11 +93,9 @@ class DeviceLlama(ExactLlama):
         with cupy.cuda.using_allocator(memory.malloc), self._call(batch, None, silent) as call:
             inputs = to_inputs(batch)
             stream.synchronize()
-            stream.begin_capture()
-            try:
-                results = self._losses_and_gradients(inputs, scale, checkpointing, call)
-            finally:
-                graph = stream.end_capture()
+            graph, results = capture(
+                stream, lambda: self._losses_and_gradients(inputs, scale, checkpointing, call)
+            )
         return _Captured(graph, inputs, results, memory)
 
 
