@@ -1,6 +1,8 @@
 """Launches and captures on stand-ins for the driver and its streams, without a GPU."""
 
 import ctypes
+import gc
+import weakref
 from typing import Any
 
 import cupy
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 from nf4_gpu import compile as kernels
 from nf4_gpu import launch
+from nf4_gpu.exact import grid, linear, llama
 from nf4_gpu.launch import capture
+from small_models import tiny_config
 
 
 class Function:
@@ -105,3 +109,24 @@ def test_a_kernel_may_have_the_most_shared_memory_that_it_was_asked_for(
     ):
         kernels.kernel(-1, "a source", "a kernel", shared)
         assert allowed.get(Function.ptr) == (expected and expected << 10)
+
+
+def test_tables_of_ever_new_batches_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    def to_device(array: Any) -> Any:
+        made.append(weakref.ref(array))
+        return array
+
+    monkeypatch.setattr(cupy, "asarray", to_device)
+    monkeypatch.setattr(grid.runtime, "getDevice", lambda: -1)
+    monkeypatch.setattr(cupy.cuda, "get_current_stream", Stream)
+    config = tiny_config()
+    for length in range(1, 101):
+        cos, sin = llama.rotation(config, (length, 5))
+        assert cos.shape == sin.shape == (length + 5, config.head_dim // 2)
+        assert llama.rotation(config, (length, 5))[0] is cos
+        assert np.array_equal(linear.starts((length, 5)), [0, length, length + 5])
+    gc.collect()
+    assert len(made) == 300
+    assert sum(array() is not None for array in made) == 3 * grid.KNOWN

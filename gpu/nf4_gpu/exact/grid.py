@@ -15,6 +15,8 @@ from nf4_gpu.arrays import KINDS, scratch
 from nf4_gpu.compile import kernel
 
 _SOURCE = "exact/grid.cu"
+KNOWN = 16
+"""Batches, by the lengths of their sequences, whose tables stay on the device: a run has ever new ones."""
 _VALUES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32)  # of a lane, in rows
 
 
@@ -26,6 +28,11 @@ class Space(Workspace):
     def new(self, shape: tuple[int, ...], dtype: DTypeLike) -> cupy.ndarray:
         """An uninitialised array that nothing overwrites."""
         return cupy.empty(shape, dtype)
+
+
+def place() -> tuple[int, int]:
+    """Return the current device and stream: tables made there are read there, and their memory used again."""
+    return runtime.getDevice(), cupy.cuda.get_current_stream().ptr
 
 
 def status() -> cupy.ndarray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cupy
@@ -13,10 +14,20 @@ from nf4.lora import Dropout, LoRA, LoRALinear
 from nf4.random import drop_threshold
 from nf4.tensor import QuantizedTensor
 
-from nf4_gpu.arrays import KINDS, constant
+from nf4_gpu.arrays import KINDS
 from nf4_gpu.compile import kernel
 from nf4_gpu.exact import grid
-from nf4_gpu.exact.grid import Space, columns, finish, product_bits_of, rows, status, sums
+from nf4_gpu.exact.grid import (
+    KNOWN,
+    Space,
+    columns,
+    finish,
+    place,
+    product_bits_of,
+    rows,
+    status,
+    sums,
+)
 from nf4_gpu.random import drop
 from nf4_gpu.tensor import dequantize
 
@@ -223,7 +234,7 @@ def _gradient(
     by = (np.int64(1), np.int64(rank)) if transposed else (np.int64(n), np.int64(1))
     following = np.int64(out.strides[0] // 4)
     grid = (-(-n // 32), -(-rank // _RANKS), len(lengths))
-    head = (left, right, _starts(runtime.getDevice(), lengths), np.int32(rank), np.int32(n))
+    head = (left, right, starts(lengths), np.int32(rank), np.int32(n))
     function(grid, (32 * _WARPS,), (*head, out, following, *by, status()), shared_mem=_SHARED)
 
 
@@ -246,14 +257,14 @@ def _long_gradient(
         start += n
 
 
-_known_starts: dict[tuple[int, tuple[int, ...]], cupy.ndarray] = {}
+def starts(lengths: tuple[int, ...]) -> cupy.ndarray:
+    """Return where the sequences begin, and the last ends: int32 [sequences + 1], on the device."""
+    return _starts(*place(), lengths)
 
 
-def _starts(device: int, lengths: tuple[int, ...]) -> cupy.ndarray:
-    """Where the sequences begin, and the last ends, int32 on the device."""
-    if (device, lengths) not in _known_starts:
-        _known_starts[device, lengths] = constant(np.cumsum([0, *lengths]).astype(np.int32))
-    return _known_starts[device, lengths]
+@lru_cache(maxsize=KNOWN)
+def _starts(device: int, stream: int, lengths: tuple[int, ...]) -> cupy.ndarray:
+    return cupy.asarray(np.cumsum([0, *lengths]).astype(np.int32))
 
 
 def _ld(found: cupy.ndarray) -> np.int64:

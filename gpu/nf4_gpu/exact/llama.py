@@ -3,11 +3,11 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import cupy
 import numpy as np
-from cupy.cuda import runtime
 from nf4.errors import InputError
 from nf4.exact import tables
 from nf4.exact.grid import PIECE
@@ -19,22 +19,23 @@ from nf4.model.llama import Batch, Llama
 from nf4.random import drop_threshold
 from nf4.tensor import QuantizedTensor
 
-from nf4_gpu.arrays import constant
 from nf4_gpu.exact import attention, linear, ops
-from nf4_gpu.exact.grid import Space
+from nf4_gpu.exact.grid import KNOWN, Space, place
 from nf4_gpu.exact.head import head
 from nf4_gpu.launch import capture
 from nf4_gpu.tensor import to_device
 
-_known_tables: dict[tuple[int, LlamaConfig, tuple[int, ...]], tuple[cupy.ndarray, cupy.ndarray]] = {}
-
 
 @dataclass(frozen=True)
 class _Captured:
-    """A graph of one micro-batch, where it reads, and what it leaves; its memory is nobody else's."""
+    """A graph of one micro-batch, where it reads, and what it leaves; its memory is nobody else's.
+
+    tables: what it reads of those that are kept for some batches only.
+    """
 
     graph: Any
     inputs: Any
+    tables: Any
     results: tuple[cupy.ndarray, dict[str, cupy.ndarray]]
     memory: cupy.cuda.MemoryPool
 
@@ -92,11 +93,12 @@ class DeviceLlama(ExactLlama):
         memory = cupy.cuda.MemoryPool()
         with cupy.cuda.using_allocator(memory.malloc), self._call(batch, None, silent) as call:
             inputs = to_inputs(batch)
+            read = rotation(self.config, batch.lengths), linear.starts(batch.lengths)
             stream.synchronize()
             graph, results = capture(
                 stream, lambda: self._losses_and_gradients(inputs, scale, checkpointing, call)
             )
-        return _Captured(graph, inputs, results, memory)
+        return _Captured(graph, inputs, read, results, memory)
 
 
 def to_inputs(batch: Batch) -> Inputs:
@@ -107,11 +109,15 @@ def to_inputs(batch: Batch) -> Inputs:
 
 def rotation(config: LlamaConfig, lengths: tuple[int, ...]) -> tuple[cupy.ndarray, cupy.ndarray]:
     """cos and sin float32 [T, head_dim / 2] of packed sequences of these lengths (NF4-15.3)."""
-    key = runtime.getDevice(), config, lengths
-    if key not in _known_tables:
-        cos, sin = tables.rotation(config, lengths)
-        _known_tables[key] = constant(cos), constant(sin)
-    return _known_tables[key]
+    return _rotation(*place(), config, lengths)
+
+
+@lru_cache(maxsize=KNOWN)
+def _rotation(
+    device: int, stream: int, config: LlamaConfig, lengths: tuple[int, ...]
+) -> tuple[cupy.ndarray, cupy.ndarray]:
+    cos, sin = tables.rotation(config, lengths)
+    return cupy.asarray(cos), cupy.asarray(sin)
 
 
 def gradients(params: Mapping[str, cupy.ndarray], sequences: int) -> dict[str, cupy.ndarray]:
