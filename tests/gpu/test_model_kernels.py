@@ -1,5 +1,6 @@
 """Each kernel of a model against float64 NumPy, emulated and on the GPU, at sizes that end anywhere."""
 
+import itertools
 import math
 from typing import Any
 
@@ -300,6 +301,17 @@ def test_narrow_products(device: Any, rows: int, depth: int, columns: int, acros
         expected = 0.5 * wide(x) @ (wide(m) if across else wide(m).T)
         assert error(download(device, y), expected) < ROUNDED
         assert download(device, copy).tobytes() == download(device, y).tobytes()
+
+
+def test_parts_of_sums_fit_their_memory_and_are_the_fewest_that_are_as_fast() -> None:
+    for processors, warps in itertools.product((3, 108, 132, 148), lora.TILES):
+        partial, _ = lora.space_bytes(processors, 1)
+        for blocks, stages in itertools.product((1, 2, 25, 64, 80, 144, 256, 3000), (1, 3, 4, 32, 64, 224)):
+            parts = lora.parts_for(blocks, stages, processors, warps)
+            assert parts == 1 or blocks * parts * lora.TILES[warps] * lora.NARROWEST * 4 <= partial
+            assert 1 <= parts <= max(1, stages // 4)
+    assert lora.parts_for(64, 64, 132, 8) == 4  # x of 8192 x 4096: two rounds of half as much are as long
+    assert lora.parts_for(144, 128, 132, 8) == 3  # two rounds of 43 stages, not one of 128
 
 
 @pytest.mark.parametrize("tokens", [37, 600])

@@ -45,9 +45,14 @@ def warps_for(wide: int, processors: int) -> int:
 
 
 def parts_for(blocks: int, stages: int, processors: int, warps: int) -> int:
-    """Return the parts that the sums of so many thread blocks are made in, side by side."""
-    wanted = _WAVES * _RESIDENT[warps] * processors // blocks
-    return max(1, min(wanted, stages // _STAGES))
+    """Return the parts that the sums of so many thread blocks are made in, side by side.
+
+    Those with which the processor that has most to do has the fewest stages; of equals the fewest parts, for
+    each has a beginning and an end, and is added up.
+    """
+    beside = _RESIDENT[warps] * processors
+    most = max(1, min(_WAVES * beside // blocks, stages // _STAGES))
+    return min(range(1, most + 1), key=lambda parts: -(-blocks * parts // beside) * -(-stages // parts))
 
 
 def project(
