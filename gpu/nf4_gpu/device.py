@@ -146,8 +146,8 @@ class Cuda:
 
     @property
     def taken(self) -> int:
-        """Bytes that are gone since, by what the driver says is free."""
-        return int(self._free - self._runtime.memGetInfo()[0])
+        """Bytes that are gone since, by what the driver says is free; other processes may free some, too."""
+        return max(self.allocated, int(self._free - self._runtime.memGetInfo()[0]))
 
     def allocate(self, nbytes: int) -> int:
         """Return zeroed memory of the device. Raises InputError where there is not so much."""

@@ -50,6 +50,8 @@ __device__ __forceinline__ void copy_once(u32 shared, const void* global, bool t
       : "memory");
 }
 
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most PENDING of this thread's groups are on their way.

@@ -14,6 +14,7 @@ extern "C" __global__ void embed_token(const Element* table, i64 pitch, const in
 #define LANES (EIGHTS <= 1 ? 1 : EIGHTS <= 2 ? 2 : EIGHTS <= 4 ? 4 : EIGHTS <= 8 ? 8 : EIGHTS <= 16 ? 16 : 32)  // of a key
 #define BESIDE (128 / LANES)  // keys that are read at a time
 #define CHUNK 64              // keys whose scores are kept at a time
+#define BATCH (CHUNK / BESIDE < 1 ? 1 : CHUNK / BESIDE < 8 ? CHUNK / BESIDE : 8)
 
 // qkv [(GROUP key_heads + 2 key_heads) DIM] of the token at *position -> mixed [GROUP key_heads DIM], over the keys and values
 // in the cache [.., key_heads DIM], to which its own are written. rows [..] are rows of cosines and sines by position. A thread
@@ -30,6 +31,11 @@ extern "C" __global__ void __launch_bounds__(128)
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float* angle_c = cosines + (i64)rows[here] * (DIM / 2);
   const float* angle_s = sines + (i64)rows[here] * (DIM / 2);
+  keys += head * DIM, values += head * DIM;
+  int begin = window && here >= window ? here - window + 1 : 0, count = here + 1 - begin;
+  int first = begin + (int)((i64)count * blockIdx.y / parts), last = begin + (int)((i64)count * (blockIdx.y + 1) / parts);
+  for (int key = first + warp; key < last; key += 4)
+    if (lane * 64 < DIM) prefetch(keys + (i64)key * pitch + lane * 64), prefetch(values + (i64)key * pitch + lane * 64);
   wait_for_previous();
   // Norms and rotation: a warp a head.
   for (int h = warp; h <= GROUP; h += 4) {
@@ -55,9 +61,6 @@ extern "C" __global__ void __launch_bounds__(128)
   }
   if (threadIdx.x < GROUP) tops[threadIdx.x] = -3e38f, totals[threadIdx.x] = 0.f;
   __syncthreads();
-  keys += head * DIM, values += head * DIM;
-  int begin = window && here >= window ? here - window + 1 : 0, count = here + 1 - begin;
-  int first = begin + (int)((i64)count * blockIdx.y / parts), last = begin + (int)((i64)count * (blockIdx.y + 1) / parts);
   const float* v = qkv + (key_heads * (GROUP + 1) + head) * DIM;
   if (first <= here && here < last)
     for (int c = threadIdx.x; c < DIM; c += 128) {
@@ -67,31 +70,44 @@ extern "C" __global__ void __launch_bounds__(128)
   __syncthreads();  // which the threads of this block, alone in need of it, see
   int part = threadIdx.x % LANES, beside = threadIdx.x / LANES;  // LANES threads a key, eight elements each
   bool works = part < EIGHTS;
-  float sum[GROUP][8] = {};
+  float sum[GROUP][8] = {}, own_q[GROUP][8];
+#pragma unroll
+  for (int h = 0; h < GROUP; h++)
+    if (works) EIGHT own_q[h][i] = q[h][part * 8 + i];
 #pragma unroll 1
   for (int key0 = first; key0 < last; key0 += CHUNK) {
     int n = min(CHUNK, last - key0);
-#pragma unroll 4
-    for (int i = beside; i < CHUNK; i += BESIDE) {
-      uint4 words = make_uint4(0, 0, 0, 0);
-      if (works && i < n) words = *(const uint4*)(keys + (i64)(key0 + i) * pitch + part * 8);
-      u32 w[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll 1
+    for (int i0 = 0; i0 < n; i0 += BATCH * BESIDE) {
+      uint4 words[BATCH];  // all on their way at a time
 #pragma unroll
-      for (int h = 0; h < GROUP; h++) {
-        float dot = 0.f;
-        if (works) EIGHT dot += __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16) * q[h][part * 8 + i];
+      for (int b = 0; b < BATCH; b++) {
+        int i = i0 + b * BESIDE + beside;
+        words[b] = make_uint4(0, 0, 0, 0);
+        if (works && i < n) words[b] = *(const uint4*)(keys + (i64)(key0 + i) * pitch + part * 8);
+      }
 #pragma unroll
-        for (int lanes = LANES / 2; lanes; lanes /= 2) dot += __shfl_xor_sync(~0u, dot, lanes);
-        if (part == 0) scores[h][i] = i < n ? dot * scale : -3e38f;
+      for (int b = 0; b < BATCH; b++) {
+        int i = i0 + b * BESIDE + beside;
+        if (i0 + b * BESIDE >= n) break;
+        u32 w[4] = {words[b].x, words[b].y, words[b].z, words[b].w};
+#pragma unroll
+        for (int h = 0; h < GROUP; h++) {
+          float dot = 0.f;
+          if (works) EIGHT dot += __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16) * own_q[h][i];
+#pragma unroll
+          for (int lanes = LANES / 2; lanes; lanes /= 2) dot += __shfl_xor_sync(~0u, dot, lanes);
+          if (part == 0 && i < n) scores[h][i] = dot * scale;
+        }
       }
     }
     __syncthreads();
     for (int h = warp; h < GROUP; h += 4) {
       float most = tops[h], total = 0.f;
-      for (int i = lane; i < CHUNK; i += 32) most = fmaxf(most, scores[h][i]);
+      for (int i = lane; i < n; i += 32) most = fmaxf(most, scores[h][i]);
 #pragma unroll
       for (int lanes = 16; lanes; lanes /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, lanes));
-      for (int i = lane; i < CHUNK; i += 32) {
+      for (int i = lane; i < n; i += 32) {
         float p = power_of_two(scores[h][i] - most);
         scores[h][i] = p;
         total += p;

@@ -26,8 +26,8 @@ _PLAIN, _NORM, _SWIGLU = range(3)  # PROLOGUE
 _GROUP = {_CODES: 16, _BF16: 32}  # rows that a thread block takes at a time
 _SPAN = {_CODES: 256, _BF16: 1024}  # columns that the vector is padded to
 _WARPS, _RESIDENT = 8, 2  # of rows in bfloat16: warps of a thread block, and thread blocks at a time
-_STAGE = 16 * 256 // 2  # bytes of codes on their way to a warp
-_STATIC = 2048  # bytes of shared memory at most that a product has beside what it is given
+_STAGES, _STAGE = 2, 16 * 256 // 2  # of a warp's ring of codes, and the bytes of one
+_STATIC = 3072  # bytes of shared memory at most that a product has beside what it is given
 _MOST_STATIC = 48 << 10  # that a kernel can have
 _CHUNK = 64  # keys whose scores attention keeps at a time
 _PARTS = 16  # of the positions that attention takes side by side
@@ -314,15 +314,14 @@ class Decoder:
         if kind == _CODES:
             cut = _cut(columns, device.shared_memory)
             assert cut is not None  # as why_not said
-            warps, table_row, stages, shared = cut
+            warps, table_row, shared = cut
             resident = 1
             defines |= {
                 "WARPS": warps,
                 "TABLE_ROW": table_row,
-                "STAGES": stages,
                 "HALVES": int(columns % 64 != 0 or launch.small_blocks),
             }
-        narrow_blocks = -(-launch.narrow // warps)
+        narrow_blocks = _narrow_blocks(launch, warps, resident * device.processors)
         most = max(resident * device.processors - narrow_blocks, 1)
         device.launch_early(
             VECTOR,
@@ -425,19 +424,29 @@ def why_not(config: LlamaConfig, shared_memory: int) -> str | None:
     return None
 
 
-def _cut(columns: int, shared_memory: int) -> tuple[int, int, int, int] | None:
-    """Return a product's warps, the bytes of a row of its table, a ring's stages, and the shared memory then.
+def _narrow_blocks(launch: _Launch, warps: int, most: int) -> int:
+    """Return how many of the thread blocks make z: with two warps a row, for the others wait for it.
+
+    And all that would not let the others end sooner.
+    """
+    if launch.narrow == 0:
+        return 0
+    others = max(most - 1, 1)
+    needed = -(-launch.groups // -(-launch.groups // others))
+    return max(1, min(max(most - needed, 2 * launch.narrow // warps), launch.narrow, most // 4))
+
+
+def _cut(columns: int, shared_memory: int) -> tuple[int, int, int] | None:
+    """Return a product's warps, the bytes of a row of its table, and the shared memory that it then takes.
 
     columns: of the vector; shared_memory: bytes that a thread block may have. None if they are too few.
     """
-    for warps, table_row, stages in (
-        (16, 256, 4), (16, 256, 3), (16, 256, 2), (8, 128, 3), (8, 128, 2), (4, 64, 2),
-    ):  # fmt: skip
+    for warps, table_row in ((16, 256), (8, 128), (4, 64)):
         sums = warps * 16 * (warps + 1) * 4
         vector = 2 * round_up(columns, _SPAN[_CODES])
-        need = 256 * table_row + warps * stages * _STAGE + vector + sums
+        need = 256 * table_row + warps * _STAGES * _STAGE + vector + sums
         if need + _STATIC <= shared_memory:
-            return warps, table_row, stages, need
+            return warps, table_row, need
     return None
 
 

@@ -1,8 +1,8 @@
 // Products of one row, a vector, with the weights: codes of NF4 or bfloat16, beside them adapters.
 // The vector is float32 in memory, and bfloat16 where it meets a weight, as in training.
 // Defines: DTYPE (BFLOAT16); KIND of the rows: CODES (0), BF16 (1); PROLOGUE: what is done to the vector first, nothing (0), a
-// norm (1), SwiGLU (2); of codes also WARPS, TABLE_ROW (256, or 128 or 64 where shared memory is short), STAGES (2 or more) of
-// codes on their way to a warp, and HALVES, whether a row's 64 columns may be of two blocks.
+// norm (1), SwiGLU (2); of codes also WARPS, TABLE_ROW (256, or 128 or 64 where shared memory is short), and HALVES, whether a
+// row's 64 columns may be of two blocks.
 // Fused multiply-adds: nothing here is exact. A kernel may begin while the one before it ends, and waits for that by itself.
 #include "tensorcore.cuh"
 
@@ -11,8 +11,10 @@
 #define GROUP_ROWS 16  // that a thread block takes at a time, each warp a part of the columns
 #define SPAN 256       // columns that a warp takes at a time
 #define STAGE (GROUP_ROWS * SPAN / 2)  // bytes of codes
+#define STAGES 2               // with more on their way, all that goes through memory waits longer
 #define MOST_GROUPS WARPS  // whose sums are kept until they are added up
 #define MOST_JOBS 3
+#define MOST_Z 256     // of z, what is kept beside
 #else
 #define WARPS 8
 #define PER_WARP 4     // rows of a warp
@@ -20,6 +22,7 @@
 #define SPAN 1024
 #endif
 #define THREADS (WARPS * 32)
+#define AHEAD 8        // loads of a row of A
 
 // Rows of a weight or of the head.
 struct Rows {
@@ -100,28 +103,27 @@ __device__ __forceinline__ void prepare(Element* xs, const float* x, int columns
   }
 }
 
-// The product of eight elements of the vector with eight of a row of A.
-__device__ __forceinline__ float dot_eight(const Element* xs, const void* row, int wide, i64 at) {
-  uint4 words = *(const uint4*)xs;
-  u32 w[4] = {words.x, words.y, words.z, words.w};
-  float v[8], m[8], sum = 0.f;
-  EIGHT v[i] = __uint_as_float(i % 2 ? w[i / 2] & 0xffff0000 : w[i / 2] << 16);
-  if (wide) {
-    float4 a = __ldg((const float4*)((const float*)row + at)), b = __ldg((const float4*)((const float*)row + at) + 1);
-    m[0] = a.x, m[1] = a.y, m[2] = a.z, m[3] = a.w, m[4] = b.x, m[5] = b.y, m[6] = b.z, m[7] = b.w;
-  } else {
-    uint4 a = __ldg((const uint4*)((const Element*)row + at));
-    u32 u[4] = {a.x, a.y, a.z, a.w};
-    EIGHT m[i] = __uint_as_float(i % 2 ? u[i / 2] & 0xffff0000 : u[i / 2] << 16);
-  }
-  EIGHT sum += widen(narrow(m[i])) * v[i];  // A meets the vector in bfloat16, as in training
+// Eight elements of a row of A in bfloat16, as A meets the vector: so it is in training.
+__device__ __forceinline__ uint4 eight_of_a(const void* row, int wide, i64 at) {
+  if (!wide) return __ldg((const uint4*)((const Element*)row + at));
+  float4 a = __ldg((const float4*)((const float*)row + at)), b = __ldg((const float4*)((const float*)row + at) + 1);
+  return make_uint4(narrow_pair(a.x, a.y), narrow_pair(a.z, a.w), narrow_pair(b.x, b.y), narrow_pair(b.z, b.w));
+}
+
+__device__ __forceinline__ float dot_eight(uint4 a, uint4 b) {
+  u32 m[4] = {a.x, a.y, a.z, a.w}, v[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    sum += __uint_as_float(m[i] << 16) * __uint_as_float(v[i] << 16) +
+           __uint_as_float(m[i] & 0xffff0000) * __uint_as_float(v[i] & 0xffff0000);
   return sum;
 }
 
 // y = rows times the vector, plus scale b z of their adapter, plus bias, plus y itself if add; z = A times the vector. The first
-// thread blocks, `narrow_blocks` of them, a warp a row of the adapters [narrow_count], make z, and count its rows in ready [2], 0
-// before and after; the others take the jobs [count], `groups` groups of rows in all, and wait for z at the end of one that has
-// an adapter: if there are rows of adapters, one job has.
+// thread blocks, `narrow_blocks` of them, make z, each its share of the rows of the adapters [narrow_rows], and count them in
+// ready [2], 0 before and after; the others take the jobs [count], `groups` groups of rows in all, and wait for z at the end of
+// one that has an adapter: if there are rows of adapters, one job has.
 extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
     multiply_vector(const Rows* jobs, int count, int groups, const Narrow* adapters, int narrow_rows, int narrow_blocks,
                     const float* x, int columns, i64 pitch, const float* weight, float eps, float* z, u32* ready, bool add) {
@@ -135,24 +137,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
   Element* xs = (Element*)memory;
 #endif
   if ((int)blockIdx.x < narrow_blocks) {
+    // As many warps a row as there are, each a part of the columns; the first are loaded before there is a vector.
+    __shared__ float found[WARPS];
+    int own = (narrow_rows + narrow_blocks - 1) / narrow_blocks, beside = 1;
+    while (2 * beside * own <= WARPS) beside *= 2;
+    int step = beside * 256, c0 = warp % beside * 256 + lane * 8;
+    auto row_of = [&](int round) { return (int)blockIdx.x + narrow_blocks * (round * (WARPS / beside) + warp / beside); };
+    auto find = [&](int& row) {
+      int number = 0;
+      while (row >= adapters[number].ranks) row -= adapters[number++].ranks;
+      return adapters[number];
+    };
+    int row = row_of(0), place = row;
+    Narrow adapter = {};
+    uint4 ahead[AHEAD];
+    if (row < narrow_rows) {
+      adapter = find(place);
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++)
+        if (c0 + i * step < columns) ahead[i] = eight_of_a(adapter.from, adapter.wide, (i64)place * columns + c0 + i * step);
+      for (int c = c0 + AHEAD * step; c < columns; c += step)
+        prefetch((const u8*)adapter.from + ((i64)place * columns + c) * (adapter.wide ? 4 : 2));
+    }
     wait_for_previous();
     prepare(xs, x, columns, weight, eps);
     __syncthreads();
-    for (int of_all = blockIdx.x * WARPS + warp; of_all < narrow_rows; of_all += narrow_blocks * WARPS) {
-      int row = of_all, number = 0;
-      while (row >= adapters[number].ranks) row -= adapters[number++].ranks;
-      const Narrow adapter = adapters[number];
+    for (int round = 0; round * (WARPS / beside) < own; round++) {
+      if (round && (row = place = row_of(round)) < narrow_rows) adapter = find(place);
       float sum = 0.f;
-#pragma unroll 8
-      for (int c = lane * 8; c < columns; c += 256)
-        sum += dot_eight(xs + place_of(c), adapter.from, adapter.wide, (i64)row * columns + c);
+      if (row < narrow_rows) {
+        if (round == 0)
+#pragma unroll
+          for (int i = 0; i < AHEAD; i++)
+            if (c0 + i * step < columns) sum += dot_eight(ahead[i], *(const uint4*)(xs + place_of(c0 + i * step)));
+#pragma unroll 2
+        for (int c = c0 + (round == 0 ? AHEAD * step : 0); c < columns; c += step)
+          sum += dot_eight(eight_of_a(adapter.from, adapter.wide, (i64)place * columns + c), *(const uint4*)(xs + place_of(c)));
+      }
 #pragma unroll
       for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-      if (lane == 0) {
-        z[adapter.start + row] = widen(narrow(sum));
+      if (lane == 0) found[warp] = sum;
+      __syncthreads();
+      if (lane == 0 && warp % beside == 0 && row < narrow_rows) {
+        for (int i = 1; i < beside; i++) sum += found[warp + i];
+        z[adapter.start + place] = widen(narrow(sum));
         __threadfence();
         atomicAdd(ready, 1u);
       }
+      __syncthreads();
     }
     return;
   }
@@ -176,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
   // something, and a lane loads once what it has. The warps have every sixteenth span of a group's rows, and each a ring of
   // codes on their way.
   __shared__ Rows own[MOST_JOBS];
-  __shared__ float map[256], offsets[MOST_JOBS];
+  __shared__ float map[256], offsets[MOST_JOBS], kept_z[MOST_Z];
   float* parts = (float*)(xs + padded);  // [MOST_GROUPS][GROUP_ROWS][WARPS + 1]
   for (int i = threadIdx.x; i < count * (int)(sizeof(Rows) / 4); i += THREADS) ((u32*)own)[i] = ((const u32*)jobs)[i];
   __syncthreads();
@@ -188,6 +220,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
   int quad = lane % 4, g = lane / 4, spans = padded / SPAN, lane_column = g / 4 * 128 + quad * 8;
   bool has_column = g % 4 == quad;
   bool mapped = own[0].map != nullptr;  // as of all the jobs
+  int z_size = 0;
+  for (int i = 0; i < count; i++) z_size = max(z_size, own[i].b ? own[i].start + own[i].ranks : 0);
   struct Place {
     int group, span;
   };
@@ -234,18 +268,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
       }
     advance(to_scale);
   };
+  // What is needed first is asked for first, then into the L2 cache what will be: scales, and the adapters' part of the ends.
+  float value = __ldg(own[0].values + lane % 16), of_map[(256 + THREADS - 1) / THREADS];
+#pragma unroll
+  for (int i = 0; i < (256 + THREADS - 1) / THREADS; i++)
+    of_map[i] = mapped && i * THREADS + threadIdx.x < 256 ? __ldg(own[0].map + i * THREADS + threadIdx.x) : 0.f;
+  float offset_of_job = mapped && threadIdx.x < count ? __ldg(own[threadIdx.x].offset) : 0.f;
+  for (int group = first + warp * stride; group < groups; group += WARPS * stride) {
+    const Rows& job = own[job_of(group)];
+    auto fetch = [&](const void* from, i64 begin, i64 end) {
+      for (i64 at = begin + lane * 128; at < end; at += 32 * 128) prefetch((const u8*)from + at);
+    };
+    int row0 = (group - job.first) * GROUP_ROWS, rows = min(job.rows - row0, GROUP_ROWS);
+    i64 block0 = row0 * pitch >> job.block_shift, block1 = (row0 + rows) * pitch >> job.block_shift;
+    fetch(job.absmax, mapped ? block0 : 4 * block0, mapped ? block1 : 4 * block1);
+    if (mapped) fetch(job.nested_absmax, 4 * (block0 >> job.nested_shift), 4 * (block1 >> job.nested_shift));
+    i64 size = job.ranks * (job.wide ? 4 : 2);
+    if (job.b) fetch(job.b, row0 * size, (row0 + rows) * size);
+  }
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) copy_codes();
   load_scales();
   // The table: a byte's two values, the first in the low half, in each bank or some.
   u32 bank = lane * 4 % min(TABLE_ROW, 128);
-  float value = own[0].values[lane % 16];
 #pragma unroll 4
   for (int byte = warp; byte < 256; byte += WARPS)
     *(u32*)(memory + byte * TABLE_ROW + bank) =
         narrow_pair(__shfl_sync(~0u, value, byte >> 4), __shfl_sync(~0u, value, byte & 15));
-  for (int i = threadIdx.x; mapped && i < 256; i += THREADS) map[i] = own[0].map[i];
-  if (threadIdx.x < count) offsets[threadIdx.x] = mapped ? *own[threadIdx.x].offset : 0.f;
+#pragma unroll
+  for (int i = 0; i < (256 + THREADS - 1) / THREADS; i++)
+    if (i * THREADS + threadIdx.x < 256) map[i * THREADS + threadIdx.x] = of_map[i];
+  if (threadIdx.x < count) offsets[threadIdx.x] = offset_of_job;
   wait_for_previous();
   prepare(xs, x, columns, weight, eps);
   __syncthreads();
@@ -313,22 +366,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
       }
     }
     __syncthreads();
-    // A thread a row: the warps' parts are added up in order.
-    for (int i = threadIdx.x; i < taken * GROUP_ROWS; i += THREADS) {
-      int group = begin + i / GROUP_ROWS * stride;
+    // Eight lanes a row add up the warps' parts and the adapter's.
+    if (narrow_rows && begin == first) {
+      wait_for_z();
+      for (int i = threadIdx.x; i < min(z_size, MOST_Z); i += THREADS) kept_z[i] = __ldcg(z + i);
+      __syncthreads();
+    }
+#pragma unroll 4
+    for (int i = threadIdx.x / 8; i < taken * GROUP_ROWS; i += THREADS / 8) {
+      int group = begin + i / GROUP_ROWS * stride, eighth = lane % 8;
       const Rows& job = own[job_of(group)];
       int row = (group - job.first) * GROUP_ROWS + i % GROUP_ROWS;
-      if (row >= job.rows) continue;
+      bool there = row < job.rows;
       float out = 0.f;
+      if (job.b && there)
+#pragma unroll 2
+        for (int rank = eighth; rank < job.ranks; rank += 8) {
+          int at = job.start + rank;
+          out += factor_of_b(job, row, rank) * (at < MOST_Z ? kept_z[at] : __ldcg(z + at));
+        }
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) out += parts[i * (WARPS + 1) + w];
-      if (job.b) {
-        wait_for_z();
-#pragma unroll 4
-        for (int rank = 0; rank < job.ranks; rank++) out += factor_of_b(job, row, rank) * __ldcg(z + job.start + rank);
+      for (int w = 0; w < WARPS; w += 8)
+        if (w + eighth < WARPS) out += parts[i * (WARPS + 1) + w + eighth];
+#pragma unroll
+      for (int lanes = 4; lanes; lanes /= 2) out += __shfl_xor_sync(~0u, out, lanes);
+      if (eighth == 0 && there) {
+        if (job.bias) out += widen(job.bias[row]);
+        job.y[row] = add ? job.y[row] + out : out;
       }
-      if (job.bias) out += widen(job.bias[row]);
-      job.y[row] = add ? job.y[row] + out : out;
     }
     __syncthreads();  // the parts are read
   }

@@ -76,6 +76,8 @@ inline void copy_once(u32 shared, const void* global, bool there) {
   copy_async(emulation::dynamic_shared + shared, global, there);
 }
 
+inline void prefetch(const void*) {}
+
 inline void commit_copies() { my_copies().emplace_back(); }
 
 template <int PENDING>
