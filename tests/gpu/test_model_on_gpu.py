@@ -320,6 +320,25 @@ def test_ids_outside_the_vocabulary_are_refused(
         engine.step([([type(example)(example.ids, np.full(2, -100, np.int32))], [0])], RATE)
 
 
+def test_models_that_the_engine_does_not_take_are_refused(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(model: Llama) -> None:
+        device = device_of("emulated", request)
+        GpuEngine(model, Settings(2, 8), max_grad_norm=CLIP, weight_decay=DECAY, seed=SEED, device=device)
+
+    with pytest.raises(InputError, match="no adapters"):
+        start(build(targets=()))
+    uneven = build()
+    lora = uneven.adapters["model.layers.1.self_attn.k_proj"]
+    lora.A, lora.B = lora.A[:3], lora.B[:, :3].copy()
+    with pytest.raises(InputError, match=r"differ in rank \(.*q_proj of 4, .*k_proj of 3, .*v_proj of 4\)"):
+        start(uneven)
+    monkeypatch.setattr("nf4_gpu.model.weights._TABLES", 64)
+    with pytest.raises(InputError, match="quantize the model anew"):
+        start(build())
+
+
 @pytest.mark.parametrize("kind", [LATE, GPU])
 def test_an_interrupted_step_leaves_nothing_behind(
     kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -458,6 +477,10 @@ def test_generation_refuses_what_is_too_long_or_foreign(device: Any) -> None:
         decoder.logits(np.array([61]))
     with pytest.raises(InputError, match="no tokens"):
         list(generate(decoder, [], 3))
+    with pytest.raises(InputError, match="no tokens"):
+        decoder.logits(np.array([], np.int64))
+    with pytest.raises(InputError, match=r"top_p is 1\.5"):
+        next(generate(decoder, [1], 3, top_p=1.5))
     assert len(list(generate(decoder, [1, 2, 3], 6))) == 6  # the last one is given to nobody
     with pytest.raises(InputError, match="7 tokens after 3 are more than the 8 positions"):
         list(generate(decoder, [1, 2, 3], 7))

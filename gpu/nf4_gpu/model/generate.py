@@ -165,6 +165,8 @@ class Decoder:
         """Launch the prompt: its keys and values into the cache, and the logits after it."""
         network, device = self.network, self._device
         n = len(ids)
+        if n == 0:
+            raise InputError("the prompt has no tokens; give at least one")
         limits = network.limits
         if n > min(limits.tokens, self.positions):
             raise InputError(
@@ -474,8 +476,7 @@ def generate(
             stop_ids=stop_ids,
         )
         return
-    if not ids:
-        raise InputError("the prompt has no tokens; give at least one")
+    reference.check_options(ids, temperature, top_k, top_p)
     for token in decoder.likeliest(ids, max_new_tokens):
         if token in stop_ids:
             return

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from nf4.errors import InputError
 from nf4.random import drop_threshold
 from numpy.typing import NDArray
 
@@ -107,11 +108,16 @@ def gradient_jobs(
 ) -> NDArray[np.void]:
     """Return the parts of the gradients of a group's A and B, for memory at `gradients`, float32.
 
-    x [.., in] is the input, dz [.., narrow] s dy B, dy [.., out], z [.., narrow] x A^T.
+    x [.., in] is the input, dz [.., narrow] s dy B, dy [.., out], z [.., narrow] x A^T. Raises InputError
+    where the group's adapters differ in rank.
     """
     jobs, tile = [], TILES[warps]
     adapters = group.adapters
-    assert len({adapter.rank for adapter in adapters}) == 1  # the A of a group are one matrix
+    if len({adapter.rank for adapter in adapters}) > 1:  # the A of a group are one matrix
+        ranks = ", ".join(f"{adapter.name} of {adapter.rank}" for adapter in adapters)
+        raise InputError(
+            f"adapters of one input differ in rank ({ranks}); on the GPU they train with one rank"
+        )
     for first in range(0, group.inputs, tile):
         out = gradients + (adapters[0].a + first) * 4
         sizes = (min(tile, group.inputs - first), group.narrow, group.slot, adapters[0].rank)

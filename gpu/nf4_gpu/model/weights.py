@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from nf4.blockwise import block_count
 from nf4.codebooks import Codebook
+from nf4.errors import InputError
 from nf4.floats import BFLOAT16, narrow
 from nf4.lora import LoRA
 from nf4.model.config import LlamaConfig
@@ -34,6 +35,7 @@ PARTS = {"attention": ("qkv", "o"), "mlp": ("gate_up", "down")}
 """The groups whose written weights share a buffer: while one is computed, the next is written."""
 
 SOURCE = "model/weights.cu"
+_TABLES = 64 << 10  # bytes for values of codebooks and 8-bit maps
 _VECTORS = 2048  # of eight elements, that a thread block writes: as there
 _JOB = np.dtype(
     [(name, "<u8") for name in ("to", "from", "absmax", "nested_absmax", "offset", "values", "map")]
@@ -218,7 +220,7 @@ class Weights:
         self.written_bytes = sum(sizes.values())
         self._written = {part: 0 for part in PARTS}
         self._part_sizes = sizes
-        self._tables = arena.take("buffers", 64 << 10)  # values of codebooks, the 8-bit maps
+        self._tables = arena.take("buffers", _TABLES)
         self._jobs: dict[tuple[int, str], tuple[int, int, int]] = {}
         self._job_memory = arena.take("buffers", _JOB.itemsize * sum(self._most_jobs(g) for g in layers))
         self._host: list[NDArray[np.uint8] | None] = [None] * len(layers)
@@ -249,7 +251,11 @@ class Weights:
             nonlocal used
             key = values.tobytes()
             if key not in tables:
-                assert used + len(key) <= 64 << 10
+                if used + len(key) > _TABLES:
+                    raise InputError(
+                        f"more than {_TABLES} bytes of different codebooks and 8-bit maps in one model; "
+                        "quantize the model anew:  nf4 quantize"
+                    )
                 tables[key] = self._tables + used
                 _send(device, self._tables + used, np.frombuffer(key, np.uint8))
                 used += round_up(len(key), 256)

@@ -151,6 +151,8 @@ class GpuEngine(Inference):
         record: bool = True,
         ranks: Ranks = ALONE,
     ) -> None:
+        if not model.adapters:
+            raise InputError("the model has no adapters; on the GPU nothing else is trained")
         self._ranks = ranks
         self.optimizer = AdamW(model.trainable("lora"), weight_decay=weight_decay)
         super().__init__(

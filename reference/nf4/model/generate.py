@@ -39,14 +39,7 @@ def generate(
     uniform of (seed, stream "generate", sample i) (NF4-11.3), so a seed gives the same text again.
     Raises InputError for an empty prompt and for options outside their ranges.
     """
-    if not ids:
-        raise InputError("the prompt has no tokens; give at least one")
-    if not temperature >= 0:
-        raise InputError(f"temperature is {temperature}; it must be at least 0")
-    if top_k < 0:
-        raise InputError(f"top_k is {top_k}; it must be at least 0")
-    if not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    check_options(ids, temperature, top_k, top_p)
     cache = model.new_cache()
     rows = np.array(ids)
     for i in range(max_new_tokens):
@@ -60,6 +53,18 @@ def generate(
             return
         yield token
         rows = np.array([token])
+
+
+def check_options(ids: list[int], temperature: float, top_k: int, top_p: float) -> None:
+    """Raise InputError for an empty prompt and for options of generate outside their ranges."""
+    if not ids:
+        raise InputError("the prompt has no tokens; give at least one")
+    if not temperature >= 0:
+        raise InputError(f"temperature is {temperature}; it must be at least 0")
+    if top_k < 0:
+        raise InputError(f"top_k is {top_k}; it must be at least 0")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}; it must be above 0 and at most 1")
 
 
 def sample(logits: NDArray[Any], temperature: float, top_k: int, top_p: float, draw: float) -> int:
