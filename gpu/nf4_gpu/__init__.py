@@ -6,7 +6,8 @@ from typing import Any
 
 if find_spec("cupy") is None:
     raise ImportError(
-        "nf4_gpu needs CuPy: install it with  pip install 'nf4[gpu]'  (CUDA 13) or  pip install 'nf4[gpu12]'"
+        "nf4_gpu needs CuPy: install it with  pip install '.[gpu]'  (CUDA 13) or  pip install '.[gpu12]'  "
+        "in nf4's checkout"
     )
 
 # Imported on first use: kernels can be compiled where there is no GPU to run them.

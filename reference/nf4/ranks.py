@@ -312,7 +312,7 @@ def started() -> Ranks:
     try:
         from mpi4py import MPI
     except ModuleNotFoundError:
-        raise InputError(f"{start}, and mpi4py is missing: pip install 'nf4[mpi]'") from None
+        raise InputError(f"{start}, and mpi4py is missing: pip install '.[mpi]' in nf4's checkout") from None
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise InputError(

@@ -117,7 +117,7 @@ def test_a_missing_peer_is_named_with_the_way_to_install_it(
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     words = run("bench", "--against", "bitsandbytes", "--json", tmp_path / "report.json", exit_code=2)
     assert "needs torch, bitsandbytes" in words
-    assert "pip install 'nf4[interop]'" in words
+    assert "pip install '.[interop]'" in words
     assert os.listdir(tmp_path) == []
 
 

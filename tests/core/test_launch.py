@@ -117,7 +117,8 @@ def test_without_mpi4py_it_says_what_to_install(tmp_path: Path) -> None:
     first = nf4("finetune", "--out", tmp_path / "out", rank=0)
     assert first.returncode == 2
     assert first.stderr == (
-        "nf4: 2 processes were started together (PMI_SIZE), and mpi4py is missing: pip install 'nf4[mpi]'\n"
+        "nf4: 2 processes were started together (PMI_SIZE), and mpi4py is missing: "
+        "pip install '.[mpi]' in nf4's checkout\n"
     )
     second = nf4("finetune", "--out", tmp_path / "out", rank=1)
     assert (second.returncode, second.stderr) == (2, "")

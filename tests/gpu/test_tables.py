@@ -81,7 +81,7 @@ def run(code: str, **environment: str) -> str:
 def test_without_cupy_one_sentence_says_how_to_install_it() -> None:
     hide = "import sys; sys.modules['cupy'] = None; import importlib.util as u; f = u.find_spec; "
     hide += "u.find_spec = lambda n, p=None: None if n == 'cupy' else f(n, p); import nf4_gpu"
-    assert run(hide).startswith("ImportError: nf4_gpu needs CuPy: install it with  pip install 'nf4[gpu]'")
+    assert run(hide).startswith("ImportError: nf4_gpu needs CuPy: install it with  pip install '.[gpu]'")
 
 
 def test_without_a_gpu_one_sentence_says_so() -> None:

@@ -67,7 +67,9 @@ def require(packages: Sequence[str], purpose: str) -> None:
     """Raise InputError with the command that installs what is missing, if any of `packages` is."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"{purpose} needs {', '.join(missing)}: install with  pip install 'nf4[interop]'")
+        raise InputError(
+            f"{purpose} needs {', '.join(missing)}: install with  pip install '.[interop]'  in nf4's checkout"
+        )
 
 
 def run_module(module: str, arguments: Sequence[str]) -> str:

@@ -188,7 +188,7 @@ def show_scoreboard(vectors: list[Vector], timeout: float | None, as_json: bool)
         titles = ", ".join(entry.title for entry in libraries)
         raise InputError(
             f"--scoreboard: none of the libraries that it knows is installed ({titles}); "
-            "install some, or all by  pip install 'nf4[scoreboard]'"
+            "install some, or all by  pip install '.[scoreboard]'  in nf4's checkout"
         )
     console = Console(stderr=True)
     scores = scoreboard.run(
