@@ -5,7 +5,7 @@
 // row's 64 columns may be of two blocks.
 // Fused multiply-adds: nothing here is exact. A kernel may begin while the one before it ends, and waits for that by itself.
 //
-// What each step brought, in tokens a second of 8B with adapters of rank 16, on an H100 (2026-11-26; generate.cu's share marked):
+// What each step brought, in tokens a second of 8B with adapters of rank 16, on an H100 (2026-11-26; in brackets: generate.cu):
 //   a warp a row of the adapters; at the end a thread a row                246
 //   more thread blocks for them, loaded ahead; eight lanes a row           286
 //   scales and the ends' factors are asked for before the codes            300
