@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from launchers import Mpi
 from nf4.bench import codec, machine, train
-from nf4.cli.bench import show_cuda
+from nf4.cli.bench import show_cuda, show_training
 from nf4.errors import InputError
 
 Run = Callable[..., str]
@@ -119,6 +119,54 @@ def test_a_missing_peer_is_named_with_the_way_to_install_it(
     assert "needs torch, bitsandbytes" in words
     assert "pip install '.[interop]'" in words
     assert os.listdir(tmp_path) == []
+
+
+def test_a_training_report_shows_the_peer_in_both_its_ways(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(way: str, seconds: float) -> dict[str, Any]:
+        return {"way": way, "seconds": seconds, "peak_bytes": 3 << 30}
+
+    timeline = [{"what": "product 2 x 3 x 4", "count": 5, "seconds": 0.004, "flops": 6e12}]
+    step = {"seconds": 0.01, "peak_bytes": 1 << 30, "floor_seconds": 0.005, "timeline": timeline}
+    token = {"tokens_per_second": 200.0, "bytes": 2e9, "timeline": timeline}
+    slow = {"way": "plain", "tokens_per_second": 10.0}
+    report = {
+        "gpu": "a card",
+        "against": "peft",
+        "ceilings": {"copy_bytes_per_second": 1e12, "product_operations_per_second": 8e14},
+        "results": [
+            {
+                "row": "small",
+                "nf4": step,
+                "peft": {"ways": [answer("prepared", 0.04), answer("plain", 0.03)]},
+            },
+            {"row": "large", "nf4": step, "peft": {"ways": [answer("plain", 0.025)]}},
+            {"row": "alone", "nf4": step, "peft": None},
+            {"row": "generation", "nf4": token, "peft": {"ways": [slow]}},
+        ],
+    }
+    show_training(report)
+    words = capsys.readouterr().out
+    rows = {line.split("│")[0].strip(): line.split("│")[1:] for line in words.splitlines() if "│" in line}
+    cells = {name: [cell.strip() for cell in row] for name, row in rows.items()}
+    assert cells["small"] == [
+        "10.00",
+        "1.00",
+        "5.00",
+        "0.50",
+        "40.00",
+        "3.00",
+        "4.00",
+        "30.00",
+        "3.00",
+        "3.00",
+    ]
+    assert cells["large"][4:] == ["", "", "", "25.00", "3.00", "2.50"]
+    assert cells["alone"][4:] == [""] * 6
+    assert cells["generation"] == ["5.00", "", "2.00", "0.40", "", "", "", "100.00", "", "20.00"]
+    assert "4.000 ms     5 x product 2 x 3 x 4, 6 TFLOP/s" in words
+    show_training({**report, "against": None})
+    alone = next(line for line in capsys.readouterr().out.splitlines() if "small" in line)
+    assert [cell.strip() for cell in alone.split("│")] == ["small", "10.00", "1.00", "5.00", "0.50"]
 
 
 def test_a_measuring_process_that_fails_says_why() -> None:
