@@ -10,6 +10,7 @@ from nf4.errors import InputError
 from nf4.formats.peft import linear_shapes
 from nf4.model.config import LlamaConfig
 from nf4_gpu.arena import Arena
+from nf4_gpu.model import generate
 from nf4_gpu.model.generate import why_not
 from nf4_gpu.model.llama import check_supported
 from nf4_gpu.model.weights import AdapterShape, Form
@@ -136,6 +137,17 @@ def test_sizes_that_generation_does_not_take() -> None:
     for queries, reason in ((32, "32 query heads of 64 a key head are too many"), (16, None)):
         heads = {"num_attention_heads": queries, "num_key_value_heads": 1, "head_dim": 64}
         assert why_not(tiny_config(**heads), 227 << 10) == reason
+
+
+def test_thread_blocks_for_adapters_are_those_that_others_can_spare() -> None:
+    def of(narrow: int, groups: int, processors: int = 132) -> int:
+        return generate._narrow_blocks(generate._Launch(0, 0, 1, groups, 0, narrow), 16, processors)
+
+    assert of(0, 256) == 0
+    assert of(16, 256) == of(32, 1792) == 4  # 256 and 1792 groups end no sooner on 131 than on 128
+    assert of(48, 384) == 6  # two warps a row, though 384 groups would be done sooner on 128
+    assert of(16, 20) == 16  # a row each, where there is room
+    assert of(300, 5, processors=2) == 1
 
 
 def test_passes_are_padded_to_few_sizes() -> None:

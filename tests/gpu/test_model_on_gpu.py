@@ -404,9 +404,15 @@ def test_generation_with_weights_of_many_rows(request: pytest.FixtureRequest) ->
         check_generation(device, build(hidden_size=64, intermediate_size=16384), memory)
 
 
+@pytest.mark.parametrize("processors", [None, 40])
 @pytest.mark.parametrize("block_size", [32, 64])
-def test_generation_with_columns_of_many_spans(device: Any, block_size: int) -> None:
-    """Every part of a span of 256 columns, spans in part, and more of them than warps."""
+def test_generation_with_columns_of_many_spans(device: Any, block_size: int, processors: int | None) -> None:
+    """Every part of a span of 256 columns, spans in part, and more of them than warps.
+
+    processors: as the device has, of which the emulated one has so few that one thread block makes all of
+    x A^T; or so many that each row has a thread block.
+    """
+    device.processors = processors or device.processors
     model = build(
         hidden_size=288,
         intermediate_size=1376,

@@ -14,7 +14,7 @@ extern "C" __global__ void embed_token(const Element* table, i64 pitch, const in
 #define LANES (EIGHTS <= 1 ? 1 : EIGHTS <= 2 ? 2 : EIGHTS <= 4 ? 4 : EIGHTS <= 8 ? 8 : EIGHTS <= 16 ? 16 : 32)  // of a key
 #define BESIDE (128 / LANES)  // keys that are read at a time
 #define CHUNK 64              // keys whose scores are kept at a time
-#define BATCH (CHUNK / BESIDE < 1 ? 1 : CHUNK / BESIDE < 8 ? CHUNK / BESIDE : 8)
+#define BATCH (CHUNK / BESIDE < 1 ? 1 : CHUNK / BESIDE < 8 ? CHUNK / BESIDE : 8)  // of a thread's keys that are asked for at once
 
 // qkv [(GROUP key_heads + 2 key_heads) DIM] of the token at *position -> mixed [GROUP key_heads DIM], over the keys and values
 // in the cache [.., key_heads DIM], to which its own are written. rows [..] are rows of cosines and sines by position. A thread
@@ -79,7 +79,7 @@ extern "C" __global__ void __launch_bounds__(128)
     int n = min(CHUNK, last - key0);
 #pragma unroll 1
     for (int i0 = 0; i0 < n; i0 += BATCH * BESIDE) {
-      uint4 words[BATCH];  // all on their way at a time
+      uint4 words[BATCH];
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
         int i = i0 + b * BESIDE + beside;

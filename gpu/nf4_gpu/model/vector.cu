@@ -129,8 +129,8 @@ __device__ __forceinline__ float dot_eight(uint4 a, uint4 b) {
 
 // y = rows times the vector, plus scale b z of their adapter, plus bias, plus y itself if add; z = A times the vector. The first
 // thread blocks, `narrow_blocks` of them, make z, each its share of the rows of the adapters [narrow_rows], and count them in
-// ready [2], 0 before and after; the others take the jobs [count], `groups` groups of rows in all, and wait for z at the end of
-// one that has an adapter: if there are rows of adapters, one job has.
+// ready [2], 0 before and after; the others take the jobs [count], `groups` groups of rows in all, and wait for z before they end
+// rows with an adapter: if there are rows of adapters, one job has one.
 extern "C" __global__ void __launch_bounds__(THREADS, KIND == 0 ? 1 : 2)
     multiply_vector(const Rows* jobs, int count, int groups, const Narrow* adapters, int narrow_rows, int narrow_blocks,
                     const float* x, int columns, i64 pitch, const float* weight, float eps, float* z, u32* ready, bool add) {

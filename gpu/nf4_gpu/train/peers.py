@@ -175,14 +175,7 @@ def main() -> None:
         del model
         gc.collect()
         torch.cuda.empty_cache()
-    print(json.dumps({name: best(answers) for name, answers in found.items()}))
-
-
-def best(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the quicker way's figures, with all of them beside."""
-    key = "seconds" if "seconds" in answers[0] else "tokens_per_second"
-    chosen = min(answers, key=lambda answer: answer[key] if key == "seconds" else -answer[key])
-    return chosen | {"ways": answers}
+    print(json.dumps({name: {"ways": answers} for name, answers in found.items()}))
 
 
 if __name__ == "__main__":
