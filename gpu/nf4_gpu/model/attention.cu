@@ -68,9 +68,9 @@ extern "C" __global__ void __launch_bounds__(128)
   Element* qs = (Element*)memory;
   Element* ks = qs + ROWS * PITCH;
   Element* vs = ks + KEYS * PITCH;
-  const Tile tile = tiles[blockIdx.x];
+  const Tile tile = tiles[blockIdx.y];
   if (tile.first >= tile.length) return;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.x;
   q += tile.start * q_pitch + head * DIM;
   k += tile.start * k_pitch + head / group * DIM;
   v += tile.start * v_pitch + head / group * DIM;
@@ -191,9 +191,9 @@ extern "C" __global__ void __launch_bounds__(128)
   Element* ds = qs + 64 * PITCH;
   Element* kvs = ds + 64 * PITCH;  // two of keys and values
   __shared__ float deltas[64];
-  const Tile tile = tiles[blockIdx.x];
+  const Tile tile = tiles[blockIdx.y];
   if (tile.first >= tile.length) return;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.y;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.x;
   q += tile.start * q_pitch + head * DIM;
   k += tile.start * k_pitch + head / group * DIM;
   v += tile.start * v_pitch + head / group * DIM;
@@ -317,13 +317,13 @@ extern "C" __global__ void __launch_bounds__(128)
   Element* vs = ks + 64 * PITCH;
   Element* buffers = vs + 64 * PITCH;  // two of queries and of dout
   __shared__ float row_lse[2][QUERIES], row_delta[2][QUERIES];
-  const Tile tile = tiles[blockIdx.x];
+  const Tile tile = tiles[blockIdx.y];
   if (tile.first >= tile.length) return;
   int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #if SHARED
-  int key_head = blockIdx.y / group, head0 = blockIdx.y, heads = 1;
+  int key_head = blockIdx.x / group, head0 = blockIdx.x, heads = 1;
 #else
-  int key_head = blockIdx.y, head0 = blockIdx.y * group, heads = group;
+  int key_head = blockIdx.x, head0 = blockIdx.x * group, heads = group;
 #endif
   q += tile.start * q_pitch;
   dout += tile.start * dout_pitch;

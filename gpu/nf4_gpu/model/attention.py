@@ -86,7 +86,7 @@ def _by_warps(dim: int, rows: int, keys: int, queries: int, passes: tuple[int, .
 def tiles(lengths: Sequence[int], rows: int, count: int, *, late_first: bool) -> NDArray[np.int32]:
     """Return the tiles of packed sequences, `rows` a tile, int32 [count, 4]; those too many are empty.
 
-    Those with most to do come first: the late queries of a sequence, or its early keys.
+    Those with most to do come first, of all heads: the late queries of a sequence, or its early keys.
     """
     found, start = [], 0
     for length in lengths:
@@ -117,7 +117,7 @@ def attend(
     device.launch(
         shape.source,
         "attend",
-        (count, heads.queries),
+        (heads.queries, count),
         shape.threads,
         (
             q.address, q.pitch, k.address, k.pitch, v.address, v.pitch, address, heads.group, heads.window,
@@ -155,7 +155,7 @@ def attend_backward(
     device.launch(
         shape.source,
         "attend_backward_queries",
-        (count, heads.queries),
+        (heads.queries, count),
         shape.threads,
         (
             *inputs, out.address, out.pitch, dout.address, dout.pitch, lse, address, heads.group,
@@ -169,7 +169,7 @@ def attend_backward(
         device.launch(
             shape.source,
             "attend_backward_keys",
-            (count, heads.keys if shares is None else heads.queries),
+            (heads.keys if shares is None else heads.queries, count),
             shape.threads,
             (
                 *inputs, dout.address, dout.pitch, lse, delta, address, heads.group, heads.window,

@@ -131,9 +131,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   u8* qs = aligned(memory);
   u8* ks = qs + TILE_BYTES;
   u8* vs = ks + TURNS * TILE_BYTES;
-  const Tile tile = tiles[blockIdx.x];
+  const Tile tile = tiles[blockIdx.y];
   if (tile.first >= tile.length) return;
-  int head = blockIdx.y;
+  int head = blockIdx.x;
   int begin = window && tile.first >= window ? (tile.first - window + 1) / KEYS * KEYS : 0;
   int blocks = (min(tile.length, tile.first + ROWS) - begin + KEYS - 1) / KEYS;
   auto key_of = [&](int block) { return begin + (blocks - 1 - block) * KEYS; };
@@ -243,9 +243,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   u8* qs = aligned(memory);
   u8* ds = qs + TILE_BYTES;
   u8* kvs = ds + TILE_BYTES;
-  const Tile tile = tiles[blockIdx.x];
+  const Tile tile = tiles[blockIdx.y];
   if (tile.first >= tile.length) return;
-  int head = blockIdx.y;
+  int head = blockIdx.x;
   int begin = window && tile.first >= window ? (tile.first - window + 1) / BESIDE * BESIDE : 0;
   int blocks = (min(tile.length, tile.first + ROWS) - begin + BESIDE - 1) / BESIDE;
   dout += tile.start * dout_pitch + head * DIM;
@@ -366,12 +366,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   u8* ks = aligned(memory);
   u8* vs = ks + TILE_BYTES;
   u8* buffers = vs + TILE_BYTES;
-  const Tile tile = tiles[blockIdx.x];
+  const Tile tile = tiles[blockIdx.y];
   if (tile.first >= tile.length) return;
 #if SHARED
-  int key_head = blockIdx.y / group, head0 = blockIdx.y, heads = 1;
+  int key_head = blockIdx.x / group, head0 = blockIdx.x, heads = 1;
 #else
-  int key_head = blockIdx.y, head0 = blockIdx.y * group, heads = group;
+  int key_head = blockIdx.x, head0 = blockIdx.x * group, heads = group;
 #endif
   int begin = tile.first;
   int end = window ? min(tile.length, tile.first + ROWS - 1 + window) : tile.length;
