@@ -33,6 +33,14 @@ __device__ __forceinline__ void load_transposed(u32 r[4], const void* row) {
                : "memory");
 }
 
+// A matrix of 8 x 8 between lanes: lane 4 g + q gives the pair in row g from column 2 q on, and gets that in column g from row 2 q
+// on.
+__device__ __forceinline__ u32 transpose_pairs(u32 pair) {
+  u32 result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+}
+
 // 16 bytes from global to shared memory, or zeros: nothing is read then, wherever the address is.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool there = true) {
   int bytes = there ? 16 : 0;

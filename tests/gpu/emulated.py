@@ -37,9 +37,7 @@ def library(source: str, **defines: int) -> ctypes.CDLL:
     assert names
     code = [
         f'#include "{HERE / "emulate.h"}"',
-        f'#include "{HERE / "tensorcore.cuh"}"',
-        *([f'#include "{HERE / "warpgroup.cuh"}"'] if '"warpgroup.cuh"' in text else []),
-        *(line for line in text.splitlines() if "tensorcore.cuh" not in line and "warpgroup.cuh" not in line),
+        text,
         *(
             f'extern "C" void launch_{name}(const unsigned* grid, const unsigned* block, unsigned shared, '
             "void** arguments, int count) "
@@ -49,7 +47,7 @@ def library(source: str, **defines: int) -> ctypes.CDLL:
     ]
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-ffp-contract=off", f"-I{HERE}", f"-I{ROOM}"]
     options += [f"-D{key}={value}" for key, value in sorted(defines.items())]
-    headers = [path.read_bytes() for path in sorted([*ROOM.glob("*.cuh"), *HERE.iterdir()])]
+    headers = [path.read_bytes() for path in sorted([*ROOM.rglob("*.cuh"), *HERE.iterdir()])]
     key = hashlib.sha256(b"".join(headers) + "\n".join([*code, *options]).encode()).hexdigest()[:24]
     built = _BUILT / f"{Path(source).stem}-{key}.so"
     if not built.exists():

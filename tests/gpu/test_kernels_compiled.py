@@ -90,6 +90,10 @@ def model_cases(arch: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield "model/attention.cu", attention.shape_for(dim, 80, 163 << 10).defined()
     for pairs, warps, across in product((1, 2, 3, 4), (4, 8), both) if all_ else [(3, 4, 0), (4, 8, 1)]:
         yield "model/lora.cu", {"DTYPE": 2, "PAIRS": pairs, "WARPS": warps, "ACROSS": across}
+    for narrow, width in product((8, 16, 48, 64), (576, 1024, 2048)) if all_ else [(16, 2048), (48, 2048)]:
+        yield "model/norm_project.cu", ops.norm_defines(width, narrow)
+    for slot in (8, 16):
+        yield "model/mlp.cu", {"DTYPE": 2, "SLOT": slot}
     for prologue in range(3):
         yield "model/vector.cu", {"DTYPE": 2, "KIND": 1, "PROLOGUE": prologue}
         for warps, row, halves in ((16, 256, 0), (16, 256, 1), (8, 128, 1), (4, 64, 0)):
@@ -150,7 +154,15 @@ def test_exact_kernels_neither_flush_nor_approximate_nor_fuse(
     assert set(FUSED_INSTRUCTION.findall(text)) == allowed
 
 
-COPYING = ("product.cu", "model/attention.cu", "model/attention90.cu", "model/lora.cu", "model/vector.cu")
+COPYING = (
+    "product.cu",
+    "model/attention.cu",
+    "model/attention90.cu",
+    "model/lora.cu",
+    "model/mlp.cu",
+    "model/norm_project.cu",
+    "model/vector.cu",
+)
 
 
 def disassembled() -> list[Case]:

@@ -12,7 +12,7 @@ from nf4.floats import BFLOAT16
 from nf4.random import keep_mask
 from nf4.train.adamw import AdamW, clip_grad_norm
 from nf4_gpu.arena import Arena
-from nf4_gpu.model import attention, lora, ops, rope
+from nf4_gpu.model import attention, lora, mlp, ops, rope
 from nf4_gpu.model.weights import Adapter, AdapterShape, Form, Group, Module, Weights, form_of, groups_of
 from nf4_gpu.train import adamw
 from numpy.typing import NDArray
@@ -58,6 +58,53 @@ def test_norms(device: Any, width: int) -> None:
     assert error(download(device, normed), expected) < ROUNDED
 
 
+def test_norms_make_narrow_products_where_that_is_quicker_and_fits() -> None:
+    assert ops.norm_projects(2048, 48, 227 << 10)
+    assert ops.norm_projects(2048, 16, 163 << 10)
+    assert not ops.norm_projects(2048, 48, 99 << 10)
+    assert not ops.norm_projects(4096, 16, 227 << 10)
+
+
+@pytest.mark.parametrize(("width", "narrow"), [(64, 8), (576, 48), (2048, 32), (2056, 64)])
+def test_norms_with_narrow_products(device: Any, width: int, narrow: int) -> None:
+    tokens = 45
+    x, dn, dy = (bf16(tokens, width, seed=i) for i in range(3))
+    a, b = bf16(narrow, width, seed=4), bf16(width, narrow, seed=5)
+    weight = rng(3).standard_normal(width).astype(np.float32)
+    norm = ops.Norm(upload(device, weight).address, 1e-5)
+    on = upload(device, x, width + 8)
+    y, rstd = empty(device, tokens, width, BFLOAT16, width + 16), empty(device, 1, tokens, np.float32)
+    z, copy = (empty(device, tokens, narrow, BFLOAT16, narrow + 8 * i) for i in range(2))
+    ops.rms_norm_project(device, on, norm, y, rstd.address, upload(device, a, width + 8), z, copy)
+    r = 1 / np.sqrt((wide(x) ** 2).mean(1, keepdims=True) + 1e-5)
+    expected = wide(x) * r * weight
+    made = download(device, y)
+    assert error(made, expected) < ROUNDED
+    assert error(download(device, rstd)[0], r[:, 0]) < 1e-6
+    assert error(download(device, z), wide(made) @ wide(a).T) < ROUNDED
+    assert download(device, copy).tobytes() == download(device, z).tobytes()
+
+    dx, normed = empty(device, tokens, width, BFLOAT16), upload(device, dn, width + 8)
+    ops.rms_norm_backward_project(
+        device,
+        normed,
+        on,
+        norm,
+        rstd.address,
+        dx,
+        upload(device, dy),
+        normed,
+        upload(device, b, narrow + 8),
+        z,
+    )
+    g = wide(dn) * weight
+    product = (g * wide(x)).mean(1, keepdims=True)
+    made = download(device, dx)
+    assert error(made, wide(dy) + r * (g - wide(x) * product * r * r)) < ROUNDED
+    assert error(download(device, normed), expected) < ROUNDED
+    assert error(download(device, z), wide(made) @ wide(b)) < ROUNDED
+
+
 def test_norms_of_chosen_rows(device: Any) -> None:
     x, index = bf16(5, 64), np.array([3, -1, 0], np.int32)
     weight = np.ones(64, np.float32)
@@ -95,6 +142,66 @@ def test_swiglu(device: Any) -> None:
     expected = np.hstack([wide(dact) * up * s * (1 + gate * (1 - s)), wide(dact) * gate * s])
     assert error(download(device, on), expected) < ROUNDED
     assert error(download(device, d), gate * s * up) < ROUNDED
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inner", "rank"), [(5, 72, 3), (100, 520, 16), (256, 256, 8), (9, 1024, 16)]
+)
+def test_swiglu_between_adapted_layers(device: Any, tokens: int, inner: int, rank: int) -> None:
+    """act, dgate and dup as without; and beside them x A^T, s dy B and the gradients of adapters."""
+    hidden, slot = 24, -(-rank // 8) * 8
+    b = 2 * rank * hidden
+    gate = Adapter("gate", rank, 0, 0.5, 0.0, 0, 0, b)
+    up = Adapter("up", rank, slot, 1.5, 0.0, 0, rank * hidden, b + rank * inner)
+    down = Adapter("down", rank, 0, 2.0, 0.0, 0, b + 2 * rank * inner, b + 3 * rank * inner)
+    modules = (Module("gate", inner, 0, gate), Module("up", inner, inner, up))
+    groups = {
+        "gate_up": Group("gate_up", hidden, modules, slot),
+        "down": Group("down", inner, (Module("down", hidden, 0, down),), slot),
+    }
+    assert mlp.suits(groups)
+    gate_up, dact = bf16(tokens, 2 * inner, scale=3), bf16(tokens, inner, seed=1)
+    a, z = bf16(slot, inner, seed=2), bf16(tokens, 2 * slot, seed=3)
+    dz_down, both = bf16(tokens, slot, seed=4), bf16(2 * inner, 2 * slot, seed=5)
+    arena = Arena()
+    mlp.take_sums(arena, tokens + 50, inner, slot, device.processors, training=True)
+    arena = Arena(device.allocate(arena.size))
+    sums = mlp.take_sums(arena, tokens + 50, inner, slot, device.processors, training=True)
+
+    on = upload(device, gate_up, 2 * inner + 8)
+    act, on_z, copy = (
+        empty(device, tokens, n, BFLOAT16, n + 8 * i) for i, n in enumerate((inner, slot, slot))
+    )
+    mlp.swiglu_project(device, on, act, upload(device, a, inner + 8), sums, on_z, copy)
+    g, u = wide(gate_up[:, :inner]), wide(gate_up[:, inner:])
+    s = 1 / (1 + np.exp(-g))
+    made = download(device, act)
+    assert error(made, g * s * u) < ROUNDED
+    assert error(download(device, on_z), wide(made) @ wide(a).T) < ROUNDED
+    assert download(device, copy).tobytes() == download(device, on_z).tobytes()
+
+    before = rng(6).standard_normal(b + 4 * rank * inner).astype(np.float32)
+    gradients, dz = upload(device, before), empty(device, tokens, 2 * slot, BFLOAT16, 2 * slot + 8)
+    mlp.swiglu_backward_project(
+        device, groups, on, upload(device, dact, inner + 8), upload(device, both, 2 * slot + 8),
+        upload(device, z, 2 * slot + 8), upload(device, dz_down, slot + 16), dz, sums, gradients.address,
+    )  # fmt: skip
+    d = download(device, on)
+    assert error(d, np.hstack([wide(dact) * u * s * (1 + g * (1 - s)), wide(dact) * g * s])) < ROUNDED
+    d, first, second = wide(d), slice(0, slot), slice(slot, 2 * slot)
+    blocks = [d[:, :inner] @ wide(both)[:inner, first], d[:, inner:] @ wide(both)[inner:, second]]
+    assert error(download(device, dz), np.hstack(blocks)) < ROUNDED
+    expected = before.astype(np.float64)
+    for adapter, dy, part in ((gate, d[:, :inner], first), (up, d[:, inner:], second)):
+        db = adapter.scale * dy.T @ wide(z)[:, part][:, :rank]
+        expected[adapter.b : adapter.b + db.size] += db.ravel()
+    expected[down.a : down.a + rank * inner] += (wide(dz_down)[:, :rank].T @ wide(made)).ravel()
+    found = download(device, gradients)[0]
+    assert error(found, expected) < 1e-5
+    same = np.ones(len(before), bool)
+    for at, size in ((gate.b, 2 * rank * inner), (down.a, rank * inner)):
+        same[at : at + size] = False
+    assert (found[same] == before[same]).all()
 
 
 def test_the_embedding(device: Any) -> None:
@@ -333,14 +440,11 @@ def test_gradients_of_adapters(device: Any, tokens: int) -> None:
     z, dz = bf16(tokens, group.narrow, seed=2), bf16(tokens, group.narrow, seed=3)
     before = rng(4).standard_normal(b + rank * (outputs[0] + outputs[2])).astype(np.float32)
     gradients = upload(device, before)
-    warps = lora.gradient_warps(group, device.processors)
     jobs = lora.gradient_jobs(
-        group, *(upload(device, a, a.shape[1] + 8) for a in (x, dz, dy, z)), gradients.address, warps
+        group, *(upload(device, a, a.shape[1] + 8) for a in (x, dz, dy, z)), gradients.address
     )
-    lora.gradients(
-        device, upload(device, jobs.view(np.uint8)).address, len(jobs), group.narrow, tokens,
-        space(device, 99), warps,
-    )  # fmt: skip
+    address = upload(device, jobs.view(np.uint8)).address
+    lora.gradients(device, address, jobs, tokens, space(device, 99))
     expected = before.astype(np.float64)
     for module in group.modules:
         adapter = module.adapter

@@ -20,16 +20,17 @@ from numpy.typing import NDArray
 from nf4_gpu.arena import Arena, round_up
 from nf4_gpu.device import MAIN, SIDE, Device, Mark
 from nf4_gpu.matrix import Matrix
-from nf4_gpu.model import attention, lora, ops, rope
+from nf4_gpu.model import attention, lora, mlp, ops, rope
 from nf4_gpu.model.lora import Dropped, Space
 from nf4_gpu.model.ops import Norm
 from nf4_gpu.model.rope import Angles, Heads
 from nf4_gpu.model.weights import GROUPS, PARTS, Ahead, Form, Group, Weights
 
-LOGITS_BYTES = 64 << 20
+LOGITS_BYTES = 512 << 20
 """Logits that exist at a time have at least so much memory: that of the written weights, if it is more."""
-_SHARES_BYTES = 64 << 20  # gradients of keys and values a query head, up to which they are kept apart
+_SHARES_BYTES = 64 << 20  # gradients of keys and values a query head, up to which few heads keep them apart
 _INT32 = np.dtype(np.int32)
+_NORMS = {"qkv": "input_layernorm", "gate_up": "post_attention_layernorm"}  # by the group that reads them
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ class Network:
         self._reading: dict[int, Mark] = {}  # by address: until when another stream reads there
         self._dropout = any(a.dropout > 0 for groups in layers for g in groups.values() for a in g.adapters)
         self._shape = attention.shape_for(config.head_dim, capability, shared_memory)
+        self._shared_memory = shared_memory
         self._lay_out(arena, forms, processors)
 
     def _lay_out(self, arena: Arena, forms: Sequence[Mapping[str, Form]], processors: int) -> None:
@@ -208,8 +210,14 @@ class Network:
         self._losses = arena.take("buffers", 4 * limits.rows)
         self._head_rstd = arena.take("buffers", 4 * limits.rows)
         self._processors = processors
-        widest = max(group.inputs + group.outputs for groups in self.layers for group in groups.values())
-        partial, counters = lora.space_bytes(processors, max(tokens, widest) // 64 + 16)
+        self._joined = [not self._dropout and mlp.suits(groups) for groups in self.layers]
+        self._sums = None
+        if any(self._joined):
+            slot = max(groups["down"].slot for groups in self.layers)
+            self._sums = mlp.take_sums(arena, tokens, inner, slot, processors, training=limits.training)
+        features = max(sum(g.inputs + g.outputs for g in groups.values()) for groups in self.layers)
+        blocks = max(tokens // min(lora.TILES.values()), features // lora.FEATURES) + 16
+        partial, counters = lora.space_bytes(processors, blocks)
         self._space, self._side_space = (
             Space(arena.take("buffers", partial), arena.take("buffers", counters)) for _ in range(2)
         )
@@ -270,8 +278,9 @@ class Network:
             self._dqkv.append(dqkv)
         self._delta = arena.take("activations", 4 * tokens * config.num_attention_heads)
         bytes_apart = 4 * tokens * queries
+        few = self.inputs.backward_tiles(tokens) * config.num_key_value_heads < 2 * processors
         self._shares = None
-        if bytes_apart <= _SHARES_BYTES and config.num_attention_heads > config.num_key_value_heads:
+        if few and bytes_apart <= _SHARES_BYTES and config.num_attention_heads > config.num_key_value_heads:
             self._shares = (arena.take("activations", bytes_apart), arena.take("activations", bytes_apart))
         self._lay_out_jobs(arena)
 
@@ -301,37 +310,41 @@ class Network:
         return {"qkv": config.qkv_bias, "o": config.attention_bias}.get(key, config.mlp_bias)
 
     def _lay_out_jobs(self, arena: Arena) -> None:
-        """What the kernel of gradients is told of each group, in memory of its own."""
+        """What the kernel of gradients is told of each part of a layer, in memory of its own."""
         self._jobs: dict[tuple[int, str], tuple[int, NDArray[np.void]]] = {}
         for i in range(self.bottom, len(self.layers)):
-            for key, group in self.layers[i].items():
-                if not group.narrow or group.narrow > lora.NARROWEST:
-                    continue
+            for part in PARTS:
+                groups = self._adapted(i, part)
                 if self._dropout:
-                    for adapter in group.adapters:
-                        jobs = self._input_jobs(i, key, adapter)
-                        self._jobs[i, adapter.name] = (arena.take("buffers", jobs.nbytes), jobs)
-                jobs = self._gradient_jobs(i, key)
-                self._jobs[i, key] = (arena.take("buffers", jobs.nbytes), jobs)
+                    for group in groups:
+                        for adapter in group.adapters:
+                            jobs = self._input_jobs(i, group, adapter)
+                            self._jobs[i, adapter.name] = (arena.take("buffers", jobs.nbytes), jobs)
+                if groups:
+                    jobs = np.concatenate([self._gradient_jobs(i, group) for group in groups])
+                    self._jobs[i, part] = (arena.take("buffers", jobs.nbytes), jobs)
 
-    def _gradient_jobs(self, i: int, key: str) -> NDArray[np.void]:
-        group = self.layers[i][key]
-        x, dy = self._sides(i, key)
-        dz, z, warps = _tail(dy, group.outputs, group), self._zs[i][key], self._warps(group)
-        jobs = lora.gradient_jobs(group, x, dz, dy, z, self.gradients, warps)
-        if self._dropout:  # the input is another for each adapter: only those of B are left here
-            jobs = jobs[-(-group.inputs // lora.TILES[warps]) :]
-        return jobs
+    def _adapted(self, i: int, part: str) -> list[Group]:
+        """A part's groups whose gradients the kernel makes."""
+        groups = (self.layers[i][key] for key in PARTS[part])
+        return [group for group in groups if 0 < group.narrow <= lora.NARROWEST]
 
-    def _input_jobs(self, i: int, key: str, adapter: Any) -> NDArray[np.void]:
-        group = self.layers[i][key]
+    def _made(self, i: int, key: str) -> tuple[bool, bool]:
+        """Whether the kernel makes a group's gradients of A, whose input dropout changes, and those of B."""
+        of_a = not self._dropout and not (self._joined[i] and key == "down")
+        return of_a, not (self._joined[i] and key == "gate_up")
+
+    def _gradient_jobs(self, i: int, group: Group) -> NDArray[np.void]:
+        x, dy = self._sides(i, group.key)
+        dz, z = _tail(dy, group.outputs, group), self._zs[i][group.key]
+        of_a, of_b = self._made(i, group.key)
+        return lora.gradient_jobs(group, x, dz, dy, z, self.gradients, of_a=of_a, of_b=of_b)
+
+    def _input_jobs(self, i: int, group: Group, adapter: Any) -> NDArray[np.void]:
         assert self._dropped is not None
-        _, dy = self._sides(i, key)
-        dz, warps = _tail(dy, group.outputs, group), self._warps(group)
-        return lora.input_jobs(group, adapter, self._dropped, dz, self.gradients, warps)
-
-    def _warps(self, group: Group) -> int:
-        return lora.gradient_warps(group, self._processors)
+        _, dy = self._sides(i, group.key)
+        dz = _tail(dy, group.outputs, group)
+        return lora.input_jobs(group, adapter, self._dropped, dz, self.gradients)
 
     def _sides(self, i: int, key: str) -> tuple[Matrix, Matrix]:
         """A group's input and the gradient of its output, where they lie when gradients are made."""
@@ -515,9 +528,9 @@ class Network:
         device, heads = self._device, self._heads[i]
         normed = self._normed.part(slice(0, shape.tokens))
         self._claim(normed, kept.qkv, kept.mixed, kept.middle)
-        ops.rms_norm(device, x, self._norm(i, "input_layernorm"), normed, kept.rstd)
         self._ahead.use(i, "attention")
-        self._linear(i, "qkv", normed, kept.qkv, keep, again=again)
+        projected = self._normalize(i, "qkv", x, normed, kept.rstd, keep and not again)
+        self._linear(i, "qkv", normed, kept.qkv, keep, again=again, projected=projected)
         rotated = self._rotate(i, kept, shape)
         q, k, _ = attention.split(rotated, heads)
         v = attention.split(kept.qkv, heads)[2]
@@ -536,21 +549,108 @@ class Network:
 
     def _mlp_forward(self, i: int, y: Matrix | None, kept: _Kept, shape: Pass, keep: bool) -> None:
         """From kept.middle to the layer's output y; without y, only as far as backward needs it."""
-        device = self._device
         rows = slice(0, shape.tokens)
         normed, act = self._normed.part(rows), self._act.part(rows)
         if y is not None:
             self._ahead.done(i, "attention")
         self._claim(normed, kept.gate_up)
-        ops.rms_norm(device, kept.middle, self._norm(i, "post_attention_layernorm"), normed, kept.middle_rstd)
         self._ahead.use(i, "mlp")
-        self._linear(i, "gate_up", normed, kept.gate_up, keep, again=y is None)
+        again = y is None
+        projected = self._normalize(i, "gate_up", kept.middle, normed, kept.middle_rstd, keep and not again)
+        self._linear(i, "gate_up", normed, kept.gate_up, keep, again=again, projected=projected)
         if y is None:
             return
         self._claim(act)
-        ops.swiglu(device, kept.gate_up, act)
-        self._linear(i, "down", act, y, keep, add=kept.middle)
+        self._swiglu(i, kept.gate_up, act, keep)
+        self._linear(i, "down", act, y, keep, add=kept.middle, projected=self._joined[i])
         self._ahead.done(i, "mlp")
+
+    def _projects(self, group: Group) -> bool:
+        """Whether the narrow product of a group is made by the norm before it."""
+        width = self.config.hidden_size
+        takes = not self._dropout and 0 < group.narrow <= lora.NARROWEST
+        return takes and ops.norm_projects(width, group.narrow, self._shared_memory)
+
+    def _normalize(self, i: int, key: str, x: Matrix, normed: Matrix, rstd: int, keep: bool) -> bool:
+        """The norm that a group reads; says whether it left x A^T beside it, and if so wished, kept it."""
+        group, norm = self.layers[i][key], self._norm(i, _NORMS[key])
+        if not self._projects(group):
+            ops.rms_norm(self._device, x, norm, normed, rstd)
+            return False
+        rows, inputs = slice(group.outputs, group.outputs + group.narrow), slice(0, group.inputs)
+        a, z = self.weights.buffers[i][key].part(rows, inputs), _tail(normed, group.inputs, group)
+        copy = self._kept_z(i, key, x.rows) if keep else None
+        ops.rms_norm_project(self._device, x, norm, normed.part(columns=inputs), rstd, a, z, copy)
+        return True
+
+    def _kept_z(self, i: int, key: str, tokens: int) -> Matrix | None:
+        """Where a group's x A^T is kept for the backward pass, if it is."""
+        kept = self._zs[i].get(key)
+        return None if kept is None else kept.part(slice(0, tokens))
+
+    def _normalize_backward(
+        self,
+        norm: Norm,
+        x: Matrix,
+        rstd: int,
+        dx: Matrix,
+        dy: Matrix,
+        normed: Matrix,
+        to: tuple[int, str],
+    ) -> bool:
+        """A norm's backward, from what `normed` holds, which it then is again.
+
+        to: layer and key of the group whose output dx is the gradient of. Says whether s dx B is beside it.
+        """
+        i, key = to
+        dn, group = normed.part(columns=slice(0, self.config.hidden_size)), self.layers[i][key]
+        if not self._projects(group):
+            ops.rms_norm_backward(self._device, dn, x, norm, rstd, dx, dy, normed)
+            return False
+        outputs, narrow = slice(0, group.outputs), slice(group.inputs, group.inputs + group.narrow)
+        b, z = self.weights.buffers[i][key].part(outputs, narrow), _tail(dx, group.outputs, group)
+        ops.rms_norm_backward_project(self._device, dn, x, norm, rstd, dx, dy, normed, b, z)
+        return True
+
+    def _swiglu(self, i: int, gate_up: Matrix, act: Matrix, keep: bool) -> None:
+        """Act, and beside it what the adapter of down makes of it, if that is made on the way."""
+        if not self._joined[i]:
+            ops.swiglu(self._device, gate_up, act)
+            return
+        group = self.layers[i]["down"]
+        inputs, rows = slice(0, group.inputs), slice(group.outputs, group.outputs + group.narrow)
+        assert self._sums is not None
+        mlp.swiglu_project(
+            self._device,
+            gate_up,
+            act.part(columns=inputs),
+            self.weights.buffers[i]["down"].part(rows, inputs),
+            self._sums,
+            _tail(act, group.inputs, group),
+            self._kept_z(i, "down", act.rows) if keep else None,
+        )
+
+    def _swiglu_backward(self, i: int, gate_up: Matrix, dact: Matrix, dy: Matrix) -> None:
+        """The gradients of gate and up; act over dact, or what adapters need of it and of them."""
+        if not self._joined[i]:
+            ops.swiglu_backward(self._device, gate_up, dact)
+            return
+        groups, z = self.layers[i], self._zs[i]["gate_up"]
+        group, down = groups["gate_up"], groups["down"]
+        outputs, narrow = slice(0, group.outputs), slice(group.inputs, group.inputs + group.narrow)
+        assert self._sums is not None
+        mlp.swiglu_backward_project(
+            self._device,
+            groups,
+            gate_up,
+            dact.part(columns=slice(0, down.inputs)),
+            self.weights.buffers[i]["gate_up"].part(outputs, narrow),
+            z.part(slice(0, dact.rows)),
+            _tail(dy, down.outputs, down),
+            _tail(gate_up, group.outputs, group),
+            self._sums,
+            self.gradients,
+        )
 
     def _norm(self, i: int, name: str) -> Norm:
         return Norm(self._small[f"model.layers.{i}.{name}.weight"], self.config.rms_norm_eps)
@@ -564,16 +664,17 @@ class Network:
         keep: bool,
         add: Matrix | None = None,
         again: bool = False,
+        projected: bool = False,
     ) -> None:
         """Out = x W^T + s z B^T + bias + add; z = x A^T is left beside x, and kept if so wished.
 
-        again: it is kept already.
+        again: it is kept already; projected: it is there already.
         """
         device, group, buffer = self._device, self.layers[i][key], self.weights.buffers[i][key]
         columns = group.inputs + group.narrow
-        if group.narrow:
+        if group.narrow and not projected:
             x_alone, z = x.part(columns=slice(0, group.inputs)), _tail(x, group.inputs, group)
-            copy = self._zs[i][key].part(slice(0, x.rows)) if keep and key in self._zs[i] else None
+            copy = self._kept_z(i, key, x.rows) if keep else None
             if copy is not None and again:
                 device.copy_rows(z, copy)
             elif keep and self._dropping is not None and self._dropped is not None:
@@ -636,6 +737,7 @@ class Network:
         there = {*self._own, self._first_kept - 1}
         visits = [(i, part) for i in order for part in (("mlp", "attention") if i in there else PARTS)]
         self._ahead = Ahead(self._device, self.weights, visits)
+        projected = False
         for i in order:
             kept = self._kept(i).rows(shape.tokens)
             if i not in there:
@@ -643,11 +745,14 @@ class Network:
                     i, self._xs[i].part(slice(0, shape.tokens)), kept, shape, True, again=True
                 )
                 self._mlp_forward(i, None, kept, shape, True)
-            self._layer_backward(i, kept, shape)
+            projected = self._layer_backward(i, kept, shape, projected)
         self._ahead.finish()
 
-    def _layer_backward(self, i: int, kept: _Kept, shape: Pass) -> None:
-        """From the gradient of a layer's output in the first of dys to that of its input, in the same."""
+    def _layer_backward(self, i: int, kept: _Kept, shape: Pass, projected: bool) -> bool:
+        """From the gradient of a layer's output in the first of dys to that of its input, in the same.
+
+        projected: beside it is s dy B of down. Returns whether that of the layer below was left, too.
+        """
         device, groups = self._device, self.layers[i]
         rows = slice(0, shape.tokens)
         normed, act = self._normed.part(rows), self._act.part(rows)
@@ -660,55 +765,56 @@ class Network:
         self._ahead.use(i, "mlp")
         needed = attention_trains or groups["gate_up"].narrow > 0
         self._claim(act)
-        self._linear_backward(i, "down", dy, act if needed else None)
+        self._linear_backward(i, "down", dy, act if needed else None, projected)
         if needed:
             self._claim(kept.gate_up)
-            ops.swiglu_backward(device, kept.gate_up, act)
+            self._swiglu_backward(i, kept.gate_up, act, dy)
         else:
             ops.swiglu(device, kept.gate_up, act)
-        self._gradients(i, "down", shape)
-        if not needed:
+            self._gradients(i, "mlp", shape)
             self._ahead.done(i, "mlp")
             self._skip_attention(i)
-            return
+            return False
         self._claim(normed)
-        self._linear_backward(i, "gate_up", kept.gate_up, normed if attention_trains else None)
+        dx = normed if attention_trains else None
+        self._linear_backward(i, "gate_up", kept.gate_up, dx, projected=self._joined[i])
         self._ahead.done(i, "mlp")
-        norm = self._norm(i, "post_attention_layernorm")
+        norm = self._norm(i, _NORMS["gate_up"])
         if attention_trains:
+            self._ahead.use(i, "attention")
             self._claim(dmiddle)
-            ops.rms_norm_backward(
-                device, normed.part(columns=hidden), kept.middle, norm, kept.middle_rstd, dmiddle, dy, normed
+            projected = self._normalize_backward(
+                norm, kept.middle, kept.middle_rstd, dmiddle, dy, normed, (i, "o")
             )
         else:
             ops.rms_norm(device, kept.middle, norm, normed.part(columns=hidden), kept.middle_rstd)
-        self._gradients(i, "gate_up", shape)
+        self._gradients(i, "mlp", shape)
         if not attention_trains:
             self._skip_attention(i)
-            return
+            return False
 
-        self._ahead.use(i, "attention")
         dmixed = self._dmixed.part(rows)
         inside = above or groups["qkv"].narrow > 0
         self._claim(dmixed)
-        self._linear_backward(i, "o", dmiddle, dmixed if inside else None)
-        self._gradients(i, "o", shape)
+        self._linear_backward(i, "o", dmiddle, dmixed if inside else None, projected)
         if not inside:
+            self._gradients(i, "attention", shape)
             self._ahead.done(i, "attention")
-            return
+            return False
         dqkv = self._attention_backward(i, kept, dmixed, shape)
         self._claim(normed)
         self._linear_backward(i, "qkv", dqkv, normed if above else None)
         self._ahead.done(i, "attention")
-        norm = self._norm(i, "input_layernorm")
+        norm = self._norm(i, _NORMS["qkv"])
+        projected = False
         if above:
+            self._ahead.use(i - 1, "mlp")
             self._claim(dy)
-            ops.rms_norm_backward(
-                device, normed.part(columns=hidden), x, norm, kept.rstd, dy, dmiddle, normed
-            )
+            projected = self._normalize_backward(norm, x, kept.rstd, dy, dmiddle, normed, (i - 1, "down"))
         else:
             ops.rms_norm(device, x, norm, normed.part(columns=hidden), kept.rstd)
-        self._gradients(i, "qkv", shape)
+        self._gradients(i, "attention", shape)
+        return projected
 
     def _skip_attention(self, i: int) -> None:
         self._ahead.use(i, "attention")
@@ -742,13 +848,15 @@ class Network:
         rope.rotate_backward(self._device, heads, dqkv, positions, kept.qkv, self._shares)
         return dqkv
 
-    def _linear_backward(self, i: int, key: str, dy: Matrix, dx: Matrix | None) -> None:
-        """dx = dy W + s dy B A; s dy B is left beside dy."""
+    def _linear_backward(
+        self, i: int, key: str, dy: Matrix, dx: Matrix | None, projected: bool = False
+    ) -> None:
+        """dx = dy W + s dy B A; s dy B is left beside dy, unless projected: it is there already."""
         device, group, buffer = self._device, self.layers[i][key], self.weights.buffers[i][key]
         dy_alone = dy.part(columns=slice(0, group.outputs))
         rows, inputs = group.outputs + group.narrow, slice(0, group.inputs)
         dropping = self._dropping
-        if group.narrow:
+        if group.narrow and not projected:
             dz = _tail(dy, group.outputs, group)
             b = buffer.part(slice(0, group.outputs), slice(group.inputs, group.inputs + group.narrow))
             if dropping is None:
@@ -773,40 +881,47 @@ class Network:
             device.multiply(dz, buffer.part(slice(first, first + group.slot), inputs), dropped)
             dropping.rows(device, adapter, dropped, dx, add=True)
 
-    def _gradients(self, i: int, key: str, shape: Pass) -> None:
-        """Add the gradients of a group's adapters, once MAIN has made what they need."""
-        device, group = self._device, self.layers[i][key]
-        if not group.narrow:
+    def _gradients(self, i: int, part: str, shape: Pass) -> None:
+        """Add the gradients of the adapters of a layer's part, once MAIN has made what they need."""
+        device, rows = self._device, slice(0, shape.tokens)
+        read = []
+        for key in PARTS[part]:
+            group = self.layers[i][key]
+            if not group.narrow:
+                continue
+            x, dy = (side.part(rows) for side in self._sides(i, key))
+            z, dz = self._zs[i][key].part(rows), _tail(dy, group.outputs, group)
+            x_alone = x.part(columns=slice(0, group.inputs))
+            if self._dropping is not None:
+                self._dropped_gradients(i, group, x_alone, dz, self._dropping)
+            if group.narrow > lora.NARROWEST:
+                inputs = self._dropping is None
+                lora.wide_gradients(device, group, x_alone, dz, dy, z, self.gradients, inputs=inputs)
+            else:
+                read += [x, dy, z]
+        if not read:
             return
-        x, dy = (side.part(slice(0, shape.tokens)) for side in self._sides(i, key))
-        z = self._zs[i][key].part(slice(0, shape.tokens))
-        dz = _tail(dy, group.outputs, group)
-        dropping = self._dropping
-        wide = group.narrow > lora.NARROWEST
-        x_alone = x.part(columns=slice(0, group.inputs))
-        if dropping is not None:
-            assert self._dropped is not None
-            dropped = self._dropped.part(slice(0, shape.tokens), slice(0, group.inputs))
-            for adapter in group.adapters:
-                dropping.rows(device, adapter, x_alone, dropped)
-                if wide:
-                    lora.wide_input_gradient(device, group, adapter, dropped, dz, self.gradients)
-                else:
-                    address, jobs = self._jobs[i, adapter.name]
-                    warps = self._warps(group)
-                    lora.gradients(device, address, len(jobs), group.slot, shape.tokens, self._space, warps)
-        if wide:
-            lora.wide_gradients(device, group, x_alone, dz, dy, z, self.gradients, inputs=dropping is None)
-            return
-        address, jobs = self._jobs[i, key]
+        address, jobs = self._jobs[i, part]
         made = device.mark()
         with device.on(SIDE):
             device.wait(made)
-            warps = self._warps(group)
-            lora.gradients(device, address, len(jobs), group.narrow, shape.tokens, self._side_space, warps)
+            lora.gradients(device, address, jobs, shape.tokens, self._side_space)
             mark = device.mark()
-        for read in (x, dy, z):
-            self._reading[read.address] = mark
+        for matrix in read:
+            self._reading[matrix.address] = mark
+
+    def _dropped_gradients(self, i: int, group: Group, x: Matrix, dz: Matrix, dropping: Dropped) -> None:
+        """Add the gradients of A, each adapter's from what dropout leaves of x to it."""
+        device = self._device
+        assert self._dropped is not None
+        dropped = self._dropped.part(slice(0, x.rows), slice(0, group.inputs))
+        for adapter in group.adapters:
+            dropping.rows(device, adapter, x, dropped)
+            if group.narrow > lora.NARROWEST:
+                lora.wide_input_gradient(device, group, adapter, dropped, dz, self.gradients)
+            else:
+                address, jobs = self._jobs[i, adapter.name]
+                lora.gradients(device, address, jobs, x.rows, self._space)
 
     def _claim(self, *matrices: Matrix) -> None:
         """Let MAIN wait for what still reads memory that it is about to write."""

@@ -1,37 +1,41 @@
 // What adapters need beside products with weights: narrow products x A^T and dy B, the gradients of A and B, dropout.
-// Defines: DTYPE (BFLOAT16); WARPS of a thread block, 4 or 8; PAIRS: of eights of columns of the narrow side, 1 to 4; ACROSS
-// (0, 1): how project's factor lies.
+// Defines: DTYPE (BFLOAT16); PAIRS: of eights of columns of the narrow side, 1 to 4; for project WARPS of a thread block, 4 or 8,
+// and ACROSS (0, 1): how its factor lies.
 // Fused multiply-adds: nothing here is exact but the masks of dropout (NF4-11.4).
 #include "philox.cuh"
 #include "tensorcore.cuh"
 
 #define THREADS (32 * WARPS)
 #define RESIDENT (WARPS == 8 ? 2 : 3)  // thread blocks of a multiprocessor at a time
-#define WIDE (16 * WARPS)         // rows, or features, of a thread block
+#define WIDE (16 * WARPS)         // rows of a thread block
 #define STAGES 4
 #define DEPTH 64                  // of the sum, a stage
 #define NARROW (16 * PAIRS)       // columns, with those that are not there
 #define PITCH (DEPTH + 8)         // elements between rows in shared memory, so that no bank is met twice
 #define NARROW_PITCH (NARROW + 8)
-#define WIDE_PITCH (WIDE + 8)
-#define WIDE_STAGE (WIDE * PITCH > DEPTH * WIDE_PITCH ? WIDE * PITCH : DEPTH * WIDE_PITCH)
+#define WIDE_STAGE (WIDE * PITCH)
 #define NARROW_STAGE (DEPTH * NARROW_PITCH > NARROW * PITCH ? DEPTH * NARROW_PITCH : NARROW * PITCH)
+
+#define PARTS_AHEAD (PAIRS < 4 ? 8 : 4)  // that are read at a time, of two fours a thread
 
 // Of [.., NARROW_PITCH] in shared memory, 16 rows (the depth) by 16 columns from `column` on: b of two products.
 __device__ __forceinline__ void load_across(u32 b[4], const Element* rows, int column, int lane) {
   load_transposed(b, rows + lane % 16 * NARROW_PITCH + column + lane / 16 * 8);
 }
 
-// Sums of a thread block, added up over gridDim.y parts: the last of them to end has all, in order, and gets true; the others
-// are done. partial [gridDim.x, parts, WIDE, NARROW]; counters [gridDim.x] are 0 before and after.
-__device__ __forceinline__ bool add_up_parts(float sum[2 * PAIRS][4], float* partial, u32* counters) {
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.y;
+// Sums of a thread block, COUNT times four a thread, added up over gridDim.y parts: the last of them to end has all, in order,
+// and gets true; the others are done. partial [gridDim.x, parts, COUNT, blockDim.x, 4], of which the first `used` of COUNT count;
+// counters [gridDim.x] are 0 before and after.
+template <int COUNT>
+__device__ __forceinline__ bool add_up_parts(float (&sum)[COUNT][4], float* partial, u32* counters, int used = COUNT) {
+  int parts = gridDim.y;
   if (parts == 1) return true;
-  float* all = partial + (i64)blockIdx.x * parts * WIDE * NARROW + ((warp * 2 * PAIRS * 32) + lane) * 4;
-  float* mine = all + (i64)blockIdx.y * WIDE * NARROW;
+  i64 of_block = (i64)COUNT * blockDim.x;
+  float4* all = (float4*)partial + blockIdx.x * parts * of_block + threadIdx.x;
+  float4* mine = all + blockIdx.y * of_block;
 #pragma unroll
-  for (int n = 0; n < 2 * PAIRS; n++)
-    *(float4*)(mine + n * 128) = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
+  for (int n = 0; n < COUNT; n++)
+    if (n < used) mine[n * blockDim.x] = make_float4(sum[n][0], sum[n][1], sum[n][2], sum[n][3]);
   __shared__ bool ours;
   __threadfence();
   __syncthreads();
@@ -40,13 +44,27 @@ __device__ __forceinline__ bool add_up_parts(float sum[2 * PAIRS][4], float* par
   if (!ours) return false;
   __threadfence();
 #pragma unroll
-  for (int n = 0; n < 2 * PAIRS; n++) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.f;
-  for (int part = 0; part < parts; part++)
+  for (int n = 0; n < COUNT; n++) {
+    if (n % 2 || n >= used) continue;  // two at a time: used is even
+    float4 total[2] = {};
+    for (int first = 0; first < parts; first += PARTS_AHEAD) {
+      float4 p[PARTS_AHEAD][2];
 #pragma unroll
-    for (int n = 0; n < 2 * PAIRS; n++) {
-      float4 p = __ldcg((const float4*)(all + (i64)part * WIDE * NARROW + n * 128));
-      sum[n][0] += p.x, sum[n][1] += p.y, sum[n][2] += p.z, sum[n][3] += p.w;
+      for (int i = 0; i < PARTS_AHEAD; i++)
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+          p[i][k] = first + i < parts ? __ldcg(all + (first + i) * of_block + (n + k) * blockDim.x)
+                                      : make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+      for (int i = 0; i < PARTS_AHEAD; i++)
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+          total[k].x += p[i][k].x, total[k].y += p[i][k].y, total[k].z += p[i][k].z, total[k].w += p[i][k].w;
     }
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+      sum[n + k][0] = total[k].x, sum[n + k][1] = total[k].y, sum[n + k][2] = total[k].z, sum[n + k][3] = total[k].w;
+  }
   return true;
 }
 
@@ -152,96 +170,105 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     }
 }
 
-// A part of a gradient: out[f, j] += scale times the sum over tokens of y[t, f] z[t, j], for up to WIDE features f. Rank j of a
-// group of adapters, in slots of `slot` columns, is row j / slot * ranks + j % slot of out if j % slot < ranks.
+// A part of a gradient: out[f, j] += scale times the sum over tokens of y[t, f] z[t, j], for up to FEATURES features f. Rank j of
+// a group of adapters, in slots of `slot` columns, is row j / slot * ranks + j % slot of out if j % slot < ranks.
 struct Gradient {
   const Element* y;
   const Element* z;
   float* out;
-  i64 feature_stride, rank_stride;  // in out
+  i64 feature_stride, rank_stride;  // in out; one of them is 1
   int y_pitch, z_pitch, features, columns;
   int slot, ranks;
   float scale;
   int unused;
 };
 
+#define FEATURES 256  // of a thread block, 32 a warp; a lane, number 4 g + q, has the eight from 8 q on
+#define TOKENS 64     // at a time
+#define TURNS 2
+#define TURN_BYTES (TOKENS * FEATURES * 2 + TOKENS * NARROW_PITCH * 2)
+
 // A thread block makes one of the gradients from one of gridDim.y parts of the tokens.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(FEATURES, 2)
     gradients(const Gradient* all, i64 tokens, float* partial, u32* counters) {
   DYNAMIC_SHARED(memory);
-  Element* wide = (Element*)memory;
-  Element* narrow_side = wide + STAGES * WIDE_STAGE;
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, feature = warp * 32 + lane % 4 * 8;
   const Gradient job = all[blockIdx.x];
-  int stages = (int)((tokens + DEPTH - 1) / DEPTH), pairs = (job.columns + 15) / 16, parts = gridDim.y;
-  int first = (int)((i64)stages * blockIdx.y / parts), last = (int)((i64)stages * (blockIdx.y + 1) / parts);
+  bool in = feature < job.features;
+  int turns = (int)((tokens + TOKENS - 1) / TOKENS), pairs = (job.columns + 15) / 16;
+  int first = (int)((i64)turns * blockIdx.y / gridDim.y), last = (int)((i64)turns * (blockIdx.y + 1) / gridDim.y);
 
-  // A thread copies the same columns of rows that are so far apart; likewise of z.
-  const int APART = THREADS / (WIDE / 8), Z_APART = THREADS / (NARROW / 8);
-  int r0 = threadIdx.x / (WIDE / 8), c0 = threadIdx.x % (WIDE / 8) * 8;
-  int zr = threadIdx.x / (NARROW / 8), zc = threadIdx.x % (NARROW / 8) * 8;
-  bool y_works = c0 < job.features, z_works = zc < job.columns;
-  const Element* y_from = job.y + ((i64)first * DEPTH + r0) * job.y_pitch + c0;
-  const Element* z_from = job.z + ((i64)first * DEPTH + zr) * job.z_pitch + zc;
-  auto load = [&](int stage) {
-    if (stage < last) {
-      int left = (int)(tokens - (i64)stage * DEPTH);
-      Element* to = wide + stage % STAGES * WIDE_STAGE + r0 * WIDE_PITCH + c0;
+  // A thread copies what it alone reads of y, and some of z, which all read.
+  auto load = [&](int turn) {
+    if (turn < last) {
+      i64 token = (i64)turn * TOKENS + g;
+      const Element* from = job.y + token * job.y_pitch + feature;
+      uint4* to = (uint4*)(memory + turn % TURNS * TURN_BYTES) + threadIdx.x;
 #pragma unroll
-      for (int k = 0; k < DEPTH / APART; k++) {
-        bool there = y_works && r0 + k * APART < left;
-        copy_async(to + k * APART * WIDE_PITCH, y_from + (i64)k * APART * job.y_pitch, there);
+      for (int k = 0; k < TOKENS / 8; k++) {
+        copy_async(to + k * FEATURES, from, in && token + k * 8 < tokens);
+        from += 8 * job.y_pitch;
       }
-      y_from += (i64)DEPTH * job.y_pitch;
-      to = narrow_side + stage % STAGES * NARROW_STAGE + zr * NARROW_PITCH + zc;
-      if (zr < Z_APART && zc < 16 * pairs)
+      Element* narrow_side = (Element*)(memory + turn % TURNS * TURN_BYTES + TOKENS * FEATURES * 2);
 #pragma unroll
-        for (int k = 0; k < (DEPTH + Z_APART - 1) / Z_APART; k++) {
-          if (zr + k * Z_APART >= DEPTH) break;
-          bool there = z_works && zr + k * Z_APART < left;
-          copy_async(to + k * Z_APART * NARROW_PITCH, z_from + (i64)k * Z_APART * job.z_pitch, there);
-        }
-      z_from += (i64)DEPTH * job.z_pitch;
+      for (int k = 0; k < TOKENS * NARROW / 8; k += FEATURES) {
+        int row = (k + threadIdx.x) / (NARROW / 8), column = (k + threadIdx.x) % (NARROW / 8) * 8;
+        if (row >= TOKENS || column >= 16 * pairs) continue;
+        i64 from_row = (i64)turn * TOKENS + row;
+        bool there = column < job.columns && from_row < tokens;
+        copy_async(narrow_side + row * NARROW_PITCH + column, job.z + from_row * job.z_pitch + column, there);
+      }
     }
     commit_copies();
   };
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) load(first + i);
+  load(first);
 
-  float sum[2 * PAIRS][4] = {};
+  float sum[4 * PAIRS][4] = {};
 #pragma unroll 1
-  for (int stage = first; stage < last; stage++) {
-    wait_copies<STAGES - 2>();
+  for (int turn = first; turn < last; turn++) {
+    wait_copies<0>();
     __syncthreads();
-    load(stage + STAGES - 1);
-    const Element* ys = wide + stage % STAGES * WIDE_STAGE + (lane / 16 * 8 + lane % 8) * WIDE_PITCH + warp * 16 +
-                        lane / 8 % 2 * 8;
-    const Element* zs = narrow_side + stage % STAGES * NARROW_STAGE;
+    load(turn + 1);
+    const uint4* ys = (const uint4*)(memory + turn % TURNS * TURN_BYTES) + threadIdx.x;
+    const Element* zs = (const Element*)(memory + turn % TURNS * TURN_BYTES + TOKENS * FEATURES * 2) +
+                        (lane / 16 * 8 + lane % 8) * NARROW_PITCH + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int k = 0; k < DEPTH; k += 16) {
-      u32 a[4];
-      load_transposed(a, ys + k * WIDE_PITCH);
+    for (int k = 0; k < TOKENS / 16; k++) {
+      u32 y[2][4];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        uint4 words = ys[(2 * k + half) * FEATURES];
+        y[half][0] = transpose_pairs(words.x), y[half][1] = transpose_pairs(words.y);
+        y[half][2] = transpose_pairs(words.z), y[half][3] = transpose_pairs(words.w);
+      }
 #pragma unroll
       for (int pair = 0; pair < PAIRS; pair++)
         if (pair < pairs) {
-          u32 b[4];
-          load_across(b, zs + k * NARROW_PITCH, pair * 16, lane);
-          multiply_add(sum[2 * pair], a, b[0], b[1]);
-          multiply_add(sum[2 * pair + 1], a, b[2], b[3]);
+          u32 z[4];  // ranks in rows, tokens in the depth
+          load_transposed(z, zs + k * 16 * NARROW_PITCH + pair * 16);
+#pragma unroll
+          for (int n = 0; n < 4; n++) multiply_add(sum[4 * pair + n], z, y[0][n], y[1][n]);
         }
     }
   }
-  wait_copies<0>();
-  if (!add_up_parts(sum, partial, counters)) return;
+  if (!add_up_parts(sum, partial, counters, 4 * pairs) || !in) return;
 #pragma unroll
-  for (int n = 0; n < 2 * PAIRS; n++)
+  for (int i = 0; i < 2 * PAIRS; i++) {
+    int j = i * 8 + g;  // of ranks g and g + 8 the sums alternate
+    if (j >= job.columns || j % job.slot >= job.ranks) continue;
+    float* to = job.out + feature * job.feature_stride + (i64)(j / job.slot * job.ranks + j % job.slot) * job.rank_stride;
+    float before[8];  // read at once: each waits for memory
+    if (job.feature_stride == 1)
+      *(float4*)before = *(float4*)to, *(float4*)(before + 4) = *(float4*)(to + 4);
+    else
+      EIGHT before[i] = to[i * job.feature_stride];
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      int f = warp * 16 + lane / 4 + i / 2 * 8, j = n * 8 + lane % 4 * 2 + i % 2;
-      if (f >= job.features || j >= job.columns || j % job.slot >= job.ranks) continue;
-      i64 rank = j / job.slot * job.ranks + j % job.slot;
-      job.out[f * job.feature_stride + rank * job.rank_stride] += job.scale * sum[n][i];
-    }
+    for (int k = 0; k < 8; k++) before[k] += job.scale * sum[i / 2 * 4 + k / 2][i % 2 * 2 + k % 2];
+    if (job.feature_stride == 1)
+      *(float4*)to = *(float4*)before, *(float4*)(to + 4) = *(float4*)(before + 4);
+    else
+      EIGHT to[i * job.feature_stride] = before[i];
+  }
 }
 
 // y [rows, width] = x where the mask keeps and 0 elsewhere, or with add y += x where it keeps (NF4-9.4). Row i is number

@@ -16,9 +16,11 @@ from nf4_gpu.model.weights import Adapter, Group
 
 SOURCE = "model/lora.cu"
 NARROWEST = 64  # columns up to which the kernels of lora.cu are used; wider ones are cuBLAS's
-TILES = {4: 64, 8: 128}  # rows, or features, of a thread block of so many warps
+TILES = {4: 64, 8: 128}  # rows of a thread block of so many warps
+FEATURES = 256  # of a thread block of gradients
 _STAGES, _DEPTH = 4, 64  # as there
 _RESIDENT, _WAVES = {4: 3, 8: 2}, 2  # thread blocks that a processor has at a time, and how often
+_TOKENS, _BESIDE = 64, 2  # of gradients: tokens at a time; thread blocks that a processor has
 GRADIENT = np.dtype(
     [("y", "<u8"), ("z", "<u8"), ("out", "<u8"), ("feature_stride", "<i8"), ("rank_stride", "<i8")]
     + [(name, "<i4") for name in ("y_pitch", "z_pitch", "features", "columns", "slot", "ranks")]
@@ -36,12 +38,14 @@ class Space:
 
 def space_bytes(processors: int, blocks: int) -> tuple[int, int]:
     """Return the bytes of partial sums and of counters for up to so many thread blocks of a part."""
-    most = _WAVES * max(_RESIDENT[warps] * tile for warps, tile in TILES.items()) * processors
+    most = processors * max(
+        _BESIDE * FEATURES, *(_WAVES * _RESIDENT[warps] * tile for warps, tile in TILES.items())
+    )
     return most * NARROWEST * 4, blocks * 4
 
 
 def warps_for(wide: int, processors: int) -> int:
-    """Return the warps of thread blocks over so many rows, or features: more where there are many."""
+    """Return the warps of thread blocks over so many rows: more where there are many."""
     return 8 if wide >= 16 * processors else 4
 
 
@@ -98,69 +102,70 @@ def project(
     )  # fmt: skip
 
 
-def gradient_warps(group: Group, processors: int) -> int:
-    """Return the warps of the thread blocks that make a group's gradients."""
-    return warps_for(group.inputs + group.outputs, processors)
-
-
 def gradient_jobs(
-    group: Group, x: Matrix, dz: Matrix, dy: Matrix, z: Matrix, gradients: int, warps: int
+    group: Group,
+    x: Matrix,
+    dz: Matrix,
+    dy: Matrix,
+    z: Matrix,
+    gradients: int,
+    *,
+    of_a: bool = True,
+    of_b: bool = True,
 ) -> NDArray[np.void]:
     """Return the parts of the gradients of a group's A and B, for memory at `gradients`, float32.
 
     x [.., in] is the input, dz [.., narrow] s dy B, dy [.., out], z [.., narrow] x A^T. Raises InputError
     where the group's adapters differ in rank.
     """
-    jobs, tile = [], TILES[warps]
+    jobs = []
     adapters = group.adapters
     if len({adapter.rank for adapter in adapters}) > 1:  # the A of a group are one matrix
         ranks = ", ".join(f"{adapter.name} of {adapter.rank}" for adapter in adapters)
         raise InputError(
             f"adapters of one input differ in rank ({ranks}); on the GPU they train with one rank"
         )
-    for first in range(0, group.inputs, tile):
+    for first in range(0, group.inputs if of_a else 0, FEATURES):
         out = gradients + (adapters[0].a + first) * 4
-        sizes = (min(tile, group.inputs - first), group.narrow, group.slot, adapters[0].rank)
+        sizes = (min(FEATURES, group.inputs - first), group.narrow, group.slot, adapters[0].rank)
         jobs.append(_job(x, first, dz, 0, out, (1, group.inputs), sizes, 1.0))
     for module in group.modules:
         adapter = module.adapter
-        if adapter is None:
+        if adapter is None or not of_b:
             continue
-        for first in range(0, module.outputs, tile):
+        for first in range(0, module.outputs, FEATURES):
             out = gradients + (adapter.b + first * adapter.rank) * 4
-            sizes = (min(tile, module.outputs - first), group.slot, group.slot, adapter.rank)
+            sizes = (min(FEATURES, module.outputs - first), group.slot, group.slot, adapter.rank)
             y = module.row + first
             jobs.append(_job(dy, y, z, adapter.start, out, (adapter.rank, 1), sizes, adapter.scale))
     return np.array(jobs, GRADIENT)
 
 
-def input_jobs(
-    group: Group, adapter: Adapter, x: Matrix, dz: Matrix, gradients: int, warps: int
-) -> NDArray[np.void]:
+def input_jobs(group: Group, adapter: Adapter, x: Matrix, dz: Matrix, gradients: int) -> NDArray[np.void]:
     """Return the parts of the gradient of one adapter's A, from an input of its own."""
-    jobs, tile = [], TILES[warps]
-    for first in range(0, group.inputs, tile):
+    jobs = []
+    for first in range(0, group.inputs, FEATURES):
         out = gradients + (adapter.a + first) * 4
-        sizes = (min(tile, group.inputs - first), group.slot, group.slot, adapter.rank)
+        sizes = (min(FEATURES, group.inputs - first), group.slot, group.slot, adapter.rank)
         jobs.append(_job(x, first, dz, adapter.start, out, (1, group.inputs), sizes, 1.0))
     return np.array(jobs, GRADIENT)
 
 
-def gradients(
-    device: Device, jobs: int, count: int, columns: int, tokens: int, space: Space, warps: int
-) -> None:
-    """Add the gradients of `count` jobs at an address, with at most so many columns of z, over the tokens."""
-    pairs = -(-columns // 16)
-    parts = parts_for(count, -(-tokens // _DEPTH), device.processors, warps)
+def gradients(device: Device, address: int, jobs: NDArray[np.void], tokens: int, space: Space) -> None:
+    """Add the gradients of jobs, which lie at an address, over so many tokens."""
+    pairs = -(-int(jobs["columns"].max()) // 16)
+    turns = -(-tokens // _TOKENS)
+    parts = max(1, min(_BESIDE * device.processors // len(jobs), turns // 2, 16))
+    pitch = 16 * pairs + 8
     device.launch(
         SOURCE,
         "gradients",
-        (count, parts),
-        32 * warps,
-        (jobs, tokens, space.partial, space.counters),
-        shared=_shared(pairs, warps),
+        (len(jobs), parts),
+        FEATURES,
+        (address, tokens, space.partial, space.counters),
+        shared=2 * (_TOKENS * FEATURES * 2 + _TOKENS * pitch * 2),
         DTYPE=BFLOAT16,
-        WARPS=warps,
+        WARPS=4,
         PAIRS=pairs,
         ACROSS=0,
     )
@@ -247,7 +252,6 @@ def _parameters(address: int, rows: int, columns: int) -> Matrix:
 
 
 def _shared(pairs: int, warps: int) -> int:
-    """Bytes of dynamic shared memory of project and gradients: as in lora.cu."""
+    """Bytes of dynamic shared memory of project: as in lora.cu."""
     narrow, wide = 16 * pairs, TILES[warps]
-    stage = max(wide * (_DEPTH + 8), _DEPTH * (wide + 8))
-    return 2 * _STAGES * (stage + max(_DEPTH * (narrow + 8), narrow * (_DEPTH + 8)))
+    return 2 * _STAGES * (wide * (_DEPTH + 8) + max(_DEPTH * (narrow + 8), narrow * (_DEPTH + 8)))

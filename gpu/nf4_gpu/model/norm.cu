@@ -1,7 +1,7 @@
 // RMS norms over rows of bfloat16, in float32 (arXiv 1910.07467), and their backward.
 // Defines: DTYPE (BFLOAT16); WIDTH of a row, a multiple of 8; LANES, the threads of a row, a power of two from 32 on.
 // Fused multiply-adds: nothing here is exact.
-#include "tensorcore.cuh"
+#include "model/eights.cuh"
 
 #define VECTORS (WIDTH / 8)
 #define EACH ((VECTORS + LANES - 1) / LANES)  // vectors of eight that a thread holds
@@ -18,16 +18,6 @@ struct Vector {
     return __uint_as_float(i % 2 ? word & 0xffff0000 : word << 16);
   }
 };
-
-__device__ __forceinline__ void store(Element* p, const float v[8]) {
-  *(uint4*)p = make_uint4(narrow_pair(v[0], v[1]), narrow_pair(v[2], v[3]), narrow_pair(v[4], v[5]),
-                          narrow_pair(v[6], v[7]));
-}
-
-__device__ __forceinline__ void load_weight(const float* weight, int vector, float w[8]) {
-  float4 a = *(const float4*)(weight + vector * 8), b = *(const float4*)(weight + vector * 8 + 4);
-  w[0] = a.x, w[1] = a.y, w[2] = a.z, w[3] = a.w, w[4] = b.x, w[5] = b.y, w[6] = b.z, w[7] = b.w;
-}
 
 // The sum over the lanes of a row, in the same order in each of them.
 __device__ __forceinline__ float row_sum(float v) {
@@ -70,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int c = lane + k * LANES;
     if (c >= VECTORS) break;
     float w[8], out[8];
-    load_weight(weight, c, w);
+    load_weight(weight + c * 8, w);
     EIGHT out[i] = v[k][i] * r * w[i];
     store(y + row * y_pitch + c * 8, out);
   }
@@ -95,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     v[k].load(x + from * x_pitch + c * 8, in);
     d[k].load(dn + row * dn_pitch + c * 8, in);
     float w[8] = {};
-    if (in) load_weight(weight, c, w);
+    if (in) load_weight(weight + c * 8, w);
     EIGHT sum += d[k][i] * w[i] * v[k][i];
   }
   sum = row_sum(sum);
@@ -106,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int c = lane + k * LANES;
     if (c >= VECTORS) break;
     float w[8], out[8];
-    load_weight(weight, c, w);
+    load_weight(weight + c * 8, w);
     if (normed) {
       EIGHT out[i] = v[k][i] * r * w[i];
       store(normed + row * normed_pitch + c * 8, out);

@@ -1,19 +1,6 @@
 // The operations of a model outside norms, attention and products, in bfloat16 with float32 arithmetic.
 // Defines: DTYPE (BFLOAT16). Rows are made of vectors of eight elements. Fused multiply-adds: nothing here is exact.
-#include "tensorcore.cuh"
-
-#define LOG2E 1.44269504088896f
-
-__device__ __forceinline__ void load(const Element* p, float v[8]) {
-  uint4 words = *(const uint4*)p;
-  u32 w[4] = {words.x, words.y, words.z, words.w};
-  EIGHT v[i] = widen((Element)(i % 2 ? w[i / 2] >> 16 : w[i / 2] & 0xffff));
-}
-
-__device__ __forceinline__ void store(Element* p, const float v[8]) {
-  *(uint4*)p = make_uint4(narrow_pair(v[0], v[1]), narrow_pair(v[2], v[3]), narrow_pair(v[4], v[5]),
-                          narrow_pair(v[6], v[7]));
-}
+#include "model/eights.cuh"
 
 // x [row] = table [ids[row]], rows of `width`; the table may lie in the host's pinned memory.
 extern "C" __global__ void embed(const Element* table, i64 table_pitch, const int* ids, i64 width, Element* x,
@@ -23,7 +10,7 @@ extern "C" __global__ void embed(const Element* table, i64 table_pitch, const in
   for (int c = threadIdx.x * 8; c < width; c += blockDim.x * 8) *(uint4*)(to + c) = *(const uint4*)(from + c);
 }
 
-// gate and up side by side, [rows, 2 inner], -> act [rows, inner] = silu(gate) up (arXiv 2002.05202). A thread block takes
+// gate and up side by side, [rows, 2 inner], -> act [rows, inner] = silu(gate) up. A thread block takes
 // a row and up to blockDim.x vectors of it.
 extern "C" __global__ void swiglu(const Element* gate_up, i64 pitch, i64 inner, Element* act, i64 act_pitch) {
   i64 c = ((i64)blockIdx.y * blockDim.x + threadIdx.x) * 8;
@@ -32,7 +19,7 @@ extern "C" __global__ void swiglu(const Element* gate_up, i64 pitch, i64 inner, 
   float gate[8], up[8];
   load(row + c, gate);
   load(row + inner + c, up);
-  EIGHT gate[i] = gate[i] * quick_reciprocal(1.f + power_of_two(-LOG2E * gate[i])) * up[i];
+  swiglu_eight(gate, up);
   store(act + (i64)blockIdx.x * act_pitch + c, gate);
 }
 
@@ -46,19 +33,14 @@ extern "C" __global__ void swiglu_backward(Element* gate_up, i64 pitch, i64 inne
   load(row + c, gate);
   load(row + inner + c, up);
   load(d, grad);
-  EIGHT {
-    float sigmoid = quick_reciprocal(1.f + power_of_two(-LOG2E * gate[i])), silu = gate[i] * sigmoid;
-    float dgate = grad[i] * up[i] * sigmoid * (1.f + gate[i] - silu);
-    float dup = grad[i] * silu;
-    grad[i] = silu * up[i];
-    gate[i] = dgate, up[i] = dup;
-  }
+  swiglu_backward_eight(gate, up, grad);
   store(row + c, gate);
   store(row + inner + c, up);
   store(d, grad);
 }
 
-#define CE_THREADS 512
+#define CE_THREADS 1024
+#define CE_AHEAD 3  // vectors that a thread reads at a time
 
 // The largest over the block, and the sum; every thread gets both, of the same order.
 __device__ __forceinline__ float block_max(float v, float* shared) {
@@ -84,31 +66,48 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
 }
 
 // logits [rows, vocabulary], a row a thread block, -> losses [rows] = -log softmax(logits)[target]; with a scale, that times
-// the gradient over the logits, and zeros up to `padded` columns. A target of -1 has no loss.
+// the gradient over the logits, and zeros up to `padded` columns. A target of -1 has no loss. The first `kept` vectors of a row
+// stay in shared memory between their two readings.
 extern "C" __global__ void __launch_bounds__(CE_THREADS)
-    cross_entropy(Element* logits, i64 pitch, i64 vocabulary, i64 padded, const int* targets, const float* scale,
+    cross_entropy(Element* logits, i64 pitch, int vocabulary, int padded, int kept, const int* targets, const float* scale,
                   float* losses) {
+  DYNAMIC_SHARED(memory);
   __shared__ float shared[CE_THREADS / 32];
+  uint4* near = (uint4*)memory;
   Element* row = logits + (i64)blockIdx.x * pitch;
-  int target = targets[blockIdx.x];
+  int target = targets[blockIdx.x], vectors = padded / 8;
   if (target < 0) {
     if (threadIdx.x == 0) losses[blockIdx.x] = 0.f;
     if (scale)
-      for (i64 c = threadIdx.x * 8; c < padded; c += CE_THREADS * 8) *(uint4*)(row + c) = make_uint4(0, 0, 0, 0);
+      for (int at = threadIdx.x; at < vectors; at += CE_THREADS) *(uint4*)(row + at * 8) = make_uint4(0, 0, 0, 0);
     return;
   }
   // In units of log2 e. A NaN must reach the loss: fmaxf drops it, the sum does not.
   float top = -3e38f, sum = 0.f;
-  for (i64 c = threadIdx.x * 8; c < vocabulary; c += CE_THREADS * 8) {
-    float v[8], most = top;
-    load(row + c, v);
-    EIGHT {
-      v[i] = c + i < vocabulary ? v[i] * LOG2E : -3e38f;
-      most = fmaxf(most, v[i]);
+  for (int first = threadIdx.x; first * 8 < vocabulary; first += CE_AHEAD * CE_THREADS) {
+    uint4 words[CE_AHEAD];
+    float most = top;
+#pragma unroll
+    for (int k = 0; k < CE_AHEAD; k++) {
+      int at = first + k * CE_THREADS;
+      words[k] = at * 8 < vocabulary ? *(const uint4*)(row + at * 8) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int k = 0; k < CE_AHEAD; k++) {
+      int at = first + k * CE_THREADS;
+      if (at < kept) near[at] = words[k];
+      float v[8];
+      widen_eight(words[k], v);
+      EIGHT if (at * 8 + i < vocabulary) most = fmaxf(most, v[i] * LOG2E);
     }
     sum *= power_of_two(top - most);
     top = most;
-    EIGHT sum += c + i < vocabulary ? power_of_two(v[i] - top) : 0.f;
+#pragma unroll
+    for (int k = 0; k < CE_AHEAD; k++) {
+      float v[8];
+      widen_eight(words[k], v);
+      EIGHT if ((first + k * CE_THREADS) * 8 + i < vocabulary) sum += power_of_two(v[i] * LOG2E - top);
+    }
   }
   float most = block_max(top, shared);
   sum = block_sum(sum * power_of_two(top - most), shared);
@@ -116,14 +115,15 @@ extern "C" __global__ void __launch_bounds__(CE_THREADS)
   if (!scale) return;
   __syncthreads();  // the target's logit is read
   float factor = *scale, over = factor / sum;
-  for (i64 c = threadIdx.x * 8; c < padded; c += CE_THREADS * 8) {
+#pragma unroll 1
+  for (int at = threadIdx.x; at < vectors; at += CE_THREADS) {
     float v[8];
-    load(row + c, v);
+    widen_eight(at < kept && at * 8 < vocabulary ? near[at] : *(const uint4*)(row + at * 8), v);
     EIGHT {
       float p = power_of_two(v[i] * LOG2E - most) * over;
-      v[i] = c + i >= vocabulary ? 0.f : c + i == target ? p - factor : p;
+      v[i] = at * 8 + i >= vocabulary ? 0.f : at * 8 + i == target ? p - factor : p;
     }
-    store(row + c, v);
+    store(row + at * 8, v);
   }
 }
 

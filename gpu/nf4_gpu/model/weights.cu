@@ -1,5 +1,6 @@
 // What a layer's products read, written out in bfloat16: weights from their 4-bit codes (NF4-4, NF4-6.4, exact), each with
 // the adapters' matrices beside and below it. Defines: DTYPE (BFLOAT16).
+#include "model/eights.cuh"
 #include "nested.cuh"
 
 #define WEIGHT 0  // from codes
@@ -28,11 +29,6 @@ struct Job {
 #define PER_THREAD 2  // vectors of eight that are on their way at a time
 #define TURNS 4
 #define VECTORS (256 * PER_THREAD * TURNS)  // of a thread block
-
-__device__ __forceinline__ void store(Element* p, const float v[8]) {
-  *(uint4*)p = make_uint4(narrow_pair(v[0], v[1]), narrow_pair(v[2], v[3]), narrow_pair(v[4], v[5]),
-                          narrow_pair(v[6], v[7]));
-}
 
 __device__ __forceinline__ float parameter(const Job& job, i64 i) {
   return job.wide ? ((const float*)job.from)[i] : widen(((const Element*)job.from)[i]);

@@ -45,10 +45,12 @@ CPU = Engine("cpu", compute=4, runtime=60_000_000, trainer=40_000_000, token=500
 CUDA = Engine("cuda", compute=2, runtime=500_000_000)
 """The package's own trainer on one GPU, in bfloat16. The runtime, the context of CUDA, is an estimate."""
 
-_LOGITS_BYTES = 64 << 20  # on the GPU, where they share memory with a layer's weights as written out
-_APART_BYTES = 64 << 20  # gradients of keys and values by query head, up to which they are kept apart
+_LOGITS_BYTES = 512 << 20  # on the GPU, where they share memory with a layer's weights as written out
+_APART_BYTES = 64 << 20  # gradients of keys and values by query head, up to which few heads keep them apart
 _STATES_BUDGET = 64 << 20  # of AdamW's states, the others in the host's memory
-_SUMS_BYTES = 2 * 17_301_504  # sums of the adapters' products in parts, on two streams of 132 processors
+_PROCESSORS = 132  # of the GPU
+_SUMS_BYTES = 2 * 17_301_504  # sums of the adapters' products in parts, on two streams
+_SWIGLU_COLUMNS, _SWIGLU_RANK = 256, 16  # of a block whose sums are kept until all are there; up to what rank
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,13 @@ def _cuda_step(s: _Shape, engine: Engine, run: Run, form: str, checkpointing: bo
     # A norm's output, that of SwiGLU, two gradients of a layer's output; what attention's backward sums up.
     work = tokens * ((3 * s.hidden + s.inner) * engine.compute + 4 * s.heads)
     apart = 4 * tokens * s.query
-    work += 2 * apart if apart <= _APART_BYTES and s.key < s.query else 0
+    key_heads = s.heads * s.key // s.query
+    few = (tokens // 128 + run.batch_size + 1) * key_heads < 2 * _PROCESSORS
+    work += 2 * apart if few and apart <= _APART_BYTES and s.key < s.query else 0
+    if run.rank <= _SWIGLU_RANK:
+        slot, blocks = -(-run.rank // 8) * 8, -(-s.inner // _SWIGLU_COLUMNS)
+        parts = max(1, min(2 * _PROCESSORS // blocks, tokens // 64))
+        work += 4 * (2 * slot * blocks * tokens + 3 * slot * parts * s.inner)
     logits = min(_LOGITS_BYTES, tokens * s.vocabulary * engine.compute)
     return 1, activations, work + max(logits, _written(s, engine, run, form)) + _SUMS_BYTES
 

@@ -50,6 +50,15 @@ inline void load_transposed(u32 r[4], const void* row) {
   });
 }
 
+inline u32 transpose_pairs(u32 pair) {
+  using namespace emulation;
+  return together(&pair, 1, nullptr, [&] {
+    int g = lane() / 4, q = lane() % 4;
+    auto element = [&](int row) { return slot(row * 4 + g / 2).words[0] >> g % 2 * 16 & 0xffff; };
+    return element(2 * q + 1) << 16 | element(2 * q);
+  });
+}
+
 // A copy arrives when its thread waits for it, and not before.
 struct Copy {
   void* shared;
