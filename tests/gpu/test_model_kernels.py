@@ -182,10 +182,12 @@ def test_swiglu_between_adapted_layers(device: Any, tokens: int, inner: int, ran
 
     before = rng(6).standard_normal(b + 4 * rank * inner).astype(np.float32)
     gradients, dz = upload(device, before), empty(device, tokens, 2 * slot, BFLOAT16, 2 * slot + 8)
-    mlp.swiglu_backward_project(
-        device, groups, on, upload(device, dact, inner + 8), upload(device, both, 2 * slot + 8),
-        upload(device, z, 2 * slot + 8), upload(device, dz_down, slot + 16), dz, sums, gradients.address,
-    )  # fmt: skip
+    from_zero = upload(device, np.zeros_like(before))
+    for into, pre in ((from_zero, upload(device, gate_up, 2 * inner + 8)), (gradients, on)):
+        mlp.swiglu_backward_project(
+            device, groups, pre, upload(device, dact, inner + 8), upload(device, both, 2 * slot + 8),
+            upload(device, z, 2 * slot + 8), upload(device, dz_down, slot + 16), dz, sums, into.address,
+        )  # fmt: skip
     d = download(device, on)
     assert error(d, np.hstack([wide(dact) * u * s * (1 + g * (1 - s)), wide(dact) * g * s])) < ROUNDED
     d, first, second = wide(d), slice(0, slot), slice(slot, 2 * slot)
@@ -198,6 +200,9 @@ def test_swiglu_between_adapted_layers(device: Any, tokens: int, inner: int, ran
     expected[down.a : down.a + rank * inner] += (wide(dz_down)[:, :rank].T @ wide(made)).ravel()
     found = download(device, gradients)[0]
     assert error(found, expected) < 1e-5
+    # As if another rank had made what was there: of ranks and of micro-batches the sums are the same.
+    alone, of_a = download(device, from_zero)[0], slice(down.a, down.a + rank * inner)
+    assert (found[of_a] == (before + alone)[of_a]).all()
     same = np.ones(len(before), bool)
     for at, size in ((gate.b, 2 * rank * inner), (down.a, rank * inner)):
         same[at : at + size] = False

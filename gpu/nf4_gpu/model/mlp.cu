@@ -247,13 +247,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     int row = (int)(unit * 4 / inner);
     if (row >= rank_after) return;
     const float* from = of_features + (i64)2 * SLOT * inner + unit * 4;
-    float4 total = *(float4*)(after + unit * 4);
+    float4 total = make_float4(0.f, 0.f, 0.f, 0.f), before = *(float4*)(after + unit * 4);
 #pragma unroll 8
     for (int part = 0; part < parts; part++) {
       float4 more = __ldcg((const float4*)(from + part * of_part));
       total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
     }
-    *(float4*)(after + unit * 4) = total;
+    *(float4*)(after + unit * 4) = make_float4(before.x + total.x, before.y + total.y, before.z + total.z, before.w + total.w);
     return;
   }
   int row = (int)(unit % (SLOT / 4)) * 4, column = (int)(unit / (SLOT / 4));
