@@ -159,7 +159,8 @@ def test_swiglu_between_adapted_layers(device: Any, tokens: int, inner: int, ran
         "gate_up": Group("gate_up", hidden, modules, slot),
         "down": Group("down", inner, (Module("down", hidden, 0, down),), slot),
     }
-    assert mlp.suits(groups)
+    assert mlp.suits(groups, tokens)
+    assert not mlp.suits(groups, 2**32 // (2 * inner))
     gate_up, dact = bf16(tokens, 2 * inner, scale=3), bf16(tokens, inner, seed=1)
     a, z = bf16(slot, inner, seed=2), bf16(tokens, 2 * slot, seed=3)
     dz_down, both = bf16(tokens, slot, seed=4), bf16(2 * inner, 2 * slot, seed=5)

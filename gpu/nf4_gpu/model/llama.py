@@ -210,7 +210,7 @@ class Network:
         self._losses = arena.take("buffers", 4 * limits.rows)
         self._head_rstd = arena.take("buffers", 4 * limits.rows)
         self._processors = processors
-        self._joined = [not self._dropout and mlp.suits(groups) for groups in self.layers]
+        self._joined = [not self._dropout and mlp.suits(groups, tokens) for groups in self.layers]
         self._sums = None
         if any(self._joined):
             slot = max(groups["down"].slot for groups in self.layers)

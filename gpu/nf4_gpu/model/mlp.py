@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nf4_gpu.arena import Arena
+from nf4_gpu.arena import Arena, round_up
 from nf4_gpu.device import Device
 from nf4_gpu.matrix import Matrix
 from nf4_gpu.model.ops import BFLOAT16
@@ -27,11 +27,15 @@ class Sums:
     processors: int
 
 
-def suits(groups: Mapping[str, Group]) -> bool:
-    """Say whether gate, up and down of a layer have adapters whose ranks the kernels take."""
+def suits(groups: Mapping[str, Group], tokens: int) -> bool:
+    """Say whether gate, up and down of a layer have adapters whose ranks the kernels take.
+
+    And whether passes of up to so many tokens have few enough elements to be counted in 32 bits.
+    """
     gate_up, down = groups["gate_up"], groups["down"]
-    slots = {gate_up.slot, down.slot}
-    return len(gate_up.adapters) == 2 and len(down.adapters) == 1 and slots in ({8}, {16})
+    adapted = len(gate_up.adapters) == 2 and len(down.adapters) == 1
+    few = (tokens + 4 * _TOKENS) * (round_up(gate_up.buffer(0).rows, 64) + 64) < 1 << 32
+    return adapted and few and {gate_up.slot, down.slot} in ({8}, {16})
 
 
 def take_sums(arena: Arena, tokens: int, inner: int, slot: int, processors: int, *, training: bool) -> Sums:
