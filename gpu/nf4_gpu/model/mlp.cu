@@ -1,20 +1,19 @@
 // SwiGLU where the layers around it have adapters: what passes by is multiplied by their narrow matrices on the way, so that
 // act, and the gradients of gate and up, are not read again for it.
 // Defines: DTYPE (BFLOAT16); SLOT (8, 16): columns that an adapter's ranks have.
-// A warp holds 32 columns and takes 16 tokens at a time.
-// Fused multiply-adds: nothing here is exact.
+// A warp holds 32 columns and takes 16 tokens at a time. Fused multiply-adds: nothing here is exact.
 #include "model/narrow.cuh"
 
 #define WARPS 8
 #define THREADS (32 * WARPS)
-#define TOKENS 16               // at a time
-#define COLUMNS (32 * WARPS)    // of a thread block
+#define TOKENS 16             // at a time
+#define COLUMNS (32 * WARPS)  // of a thread block
 
 // Sums of a thread block's warps, [16, NARROW] each, of the step before.
 template <int NARROW>
 struct Exchange {
   float* memory;  // of two steps that take turns
-  static const int PITCH = NARROW + 8, BYTES = 2 * WARPS * TOKENS * PITCH * 4;
+  static const int PITCH = NARROW + 8;
 
   __device__ __forceinline__ void leave(int turn, float (*sum)[4]) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -41,8 +40,8 @@ struct Exchange {
   }
 };
 
-// gate and up side by side, [tokens, 2 inner], -> act [tokens, inner] = silu(gate) up; and, of the columns of
-// each thread block in x, act a^T for a [SLOT, inner], into of_tokens [gridDim.x, tokens, SLOT]. gridDim.y parts of the tokens.
+// gate and up side by side, [tokens, 2 inner], -> act [tokens, inner] = silu(gate) up; and, of the columns of each thread block
+// in x, act a^T for a [SLOT, inner], into of_tokens [gridDim.x, tokens, SLOT]. gridDim.y parts of the tokens.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
     swiglu_project(const Element* gate_up, u32 pitch, int inner, int tokens, Element* act, u32 act_pitch, const Element* a,
                    i64 a_pitch, float* of_tokens) {
