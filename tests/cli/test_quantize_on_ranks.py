@@ -67,6 +67,7 @@ import resource, signal, sys
 from nf4.ranks import started
 if started().rank == 0:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.dont_write_bytecode = True  # it would be cut off, and stay
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
 from nf4.cli import main
 main()

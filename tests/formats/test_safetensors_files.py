@@ -312,6 +312,7 @@ import numpy as np
 from nf4.errors import InputError
 from nf4.formats.files import SafetensorsWriter, TensorSpec
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.dont_write_bytecode = True  # it would be cut off, and stay
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 x = np.ones(100_000, np.float32)
 try:

@@ -321,6 +321,7 @@ from nf4.ranks import started
 limit = int(sys.argv.pop(1))
 if started().rank == 0:  # from here on: MPI has files of its own
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    sys.dont_write_bytecode = True  # it would be cut off, and stay
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 from nf4.cli import main
 main()
