@@ -213,7 +213,7 @@ class Network:
         self._joined = [not self._dropout and mlp.suits(groups, tokens) for groups in self.layers]
         self._sums = None
         if any(self._joined):
-            slot = max(groups["down"].slot for groups in self.layers)
+            slot = max(g["down"].slot for g, joined in zip(self.layers, self._joined, strict=True) if joined)
             self._sums = mlp.take_sums(arena, tokens, inner, slot, processors, training=limits.training)
         features = max(sum(g.inputs + g.outputs for g in groups.values()) for groups in self.layers)
         blocks = max(tokens // min(lora.TILES.values()), features // lora.FEATURES) + 16

@@ -21,6 +21,7 @@ FEATURES = 256  # of a thread block of gradients
 _STAGES, _DEPTH = 4, 64  # as there
 _RESIDENT, _WAVES = {4: 3, 8: 2}, 2  # thread blocks that a processor has at a time, and how often
 _TOKENS, _BESIDE = 64, 2  # of gradients: tokens at a time; thread blocks that a processor has
+_LEAST_TURNS, _MOST_PARTS = 2, 16  # of them: turns of a part; parts that one thread block adds up
 GRADIENT = np.dtype(
     [("y", "<u8"), ("z", "<u8"), ("out", "<u8"), ("feature_stride", "<i8"), ("rank_stride", "<i8")]
     + [(name, "<i4") for name in ("y_pitch", "z_pitch", "features", "columns", "slot", "ranks")]
@@ -155,7 +156,7 @@ def gradients(device: Device, address: int, jobs: NDArray[np.void], tokens: int,
     """Add the gradients of jobs, which lie at an address, over so many tokens."""
     pairs = -(-int(jobs["columns"].max()) // 16)
     turns = -(-tokens // _TOKENS)
-    parts = max(1, min(_BESIDE * device.processors // len(jobs), turns // 2, 16))
+    parts = max(1, min(_BESIDE * device.processors // len(jobs), turns // _LEAST_TURNS, _MOST_PARTS))
     pitch = 16 * pairs + 8
     device.launch(
         SOURCE,

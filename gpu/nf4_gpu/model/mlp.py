@@ -24,7 +24,6 @@ class Sums:
 
     of_tokens: int
     of_features: int
-    processors: int
 
 
 def suits(groups: Mapping[str, Group], tokens: int) -> bool:
@@ -45,7 +44,6 @@ def take_sums(arena: Arena, tokens: int, inner: int, slot: int, processors: int,
     return Sums(
         arena.take("buffers", 4 * _blocks(inner) * tokens * columns),
         arena.take("buffers", 4 * parts * 3 * slot * inner),
-        processors,
     )
 
 
@@ -57,7 +55,7 @@ def swiglu_project(
     device.launch(
         SOURCE,
         "swiglu_project",
-        (_blocks(inner), _parts(tokens, inner, _FORWARD, sums.processors)),
+        (_blocks(inner), _parts(tokens, inner, _FORWARD, device.processors)),
         _THREADS,
         (
             gate_up.address, np.uint32(gate_up.pitch), np.int32(inner), np.int32(tokens),
@@ -91,7 +89,7 @@ def swiglu_backward_project(
     slot] s dy B of down. The gradients of B of gate and up, and of A of down, are added to `gradients`.
     """
     tokens, inner, slot = dact.rows, dact.columns, dz_down.columns
-    parts = _parts(tokens, inner, _BACKWARD, sums.processors)
+    parts = _parts(tokens, inner, _BACKWARD, device.processors)
     device.launch(
         SOURCE,
         "swiglu_backward_project",

@@ -338,7 +338,7 @@ def work(config: LlamaConfig, row: Row, kept: int) -> dict[str, float]:
     operations += depth * 6 * RANK * sum(outputs + inputs for outputs, inputs in shapes)
     codes = depth * linear * (0.5 + 1 / 64) * (2 + again / depth)
     keys = 2 * config.num_key_value_heads * config.head_dim
-    vectors = 14 * config.hidden_size + 6 * (2 * width + keys) + 13 * config.intermediate_size
+    vectors = 14 * config.hidden_size + 6 * (2 * width + keys) + 8 * config.intermediate_size
     return {"operations": operations * tokens, "bytes": codes + 2.0 * tokens * depth * vectors}
 
 
